@@ -1,0 +1,305 @@
+"""ACGAN on MNIST: a faithful and faster reproduction of "GAN Step By Step", Step 5.
+
+Paper: Odena, Olah, Shlens, "Conditional Image Synthesis with Auxiliary Classifier GANs", arXiv:1610.09585.
+
+    python acgan.py --n_epochs 200             # train; grids in images/, curves in logs/
+    python acgan.py --max_steps 20 --seed 0    # a quick look
+    tensorboard --logdir logs                  # watch the curves
+"""
+
+import argparse
+import difflib
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dataset import MNIST, ShuffledBatches, load_mnist
+from models import Discriminator, Generator, weights_init_normal
+from runlog import Diverged, RunLog
+from utils import (
+    BadInput,
+    StopRequest,
+    announce,
+    check_writable,
+    choose_device,
+    draw_seed,
+    on_terminal,
+    seed_everything,
+)
+
+HERE = Path(__file__).resolve().parent
+
+
+def train_step(generator, discriminator, optimizer_G, optimizer_D, real_imgs, labels, z, gen_labels):
+    """Update D once, then G once, on one batch (tutorial, "训练过程").
+
+    Args:
+        real_imgs, labels: real images, float32 (B, C, H, W) in [-1, 1], and their classes, int64 (B,).
+        z, gen_labels: noise, float32 (B, latent_dim), and the classes to draw, int64 (B,).
+
+    Returns:
+        0-d tensors on the training device: each loss with its parts, and how many of the B real and of the B
+        fake images D classified right, before its update.
+    """
+    adversarial_loss = torch.nn.BCELoss()
+    auxiliary_loss = torch.nn.CrossEntropyLoss()  # takes logits, but gets probabilities: the tutorial's softmax twice
+    valid = torch.ones(len(labels), 1, device=labels.device)
+    fake = torch.zeros(len(labels), 1, device=labels.device)
+
+    gen_imgs = generator(z, gen_labels)  # one forward serves both updates
+
+    # (1) Train Discriminator: minimise, as a mean over the four terms,
+    #     L_D = - E log D(x) - E log P(c | x) - E log[1 - D(G(z|y))] - E log P(y | G(z|y))      (paper: max L_S + L_C)
+    optimizer_D.zero_grad()
+
+    real_pred, real_aux = discriminator(real_imgs)  # (B, 1), (B, n_classes)
+    d_real_adv, d_real_aux = adversarial_loss(real_pred, valid), auxiliary_loss(real_aux, labels)
+    d_real_loss = (d_real_adv + d_real_aux) / 2
+
+    fake_pred, fake_aux = discriminator(gen_imgs.detach())
+    d_fake_adv, d_fake_aux = adversarial_loss(fake_pred, fake), auxiliary_loss(fake_aux, gen_labels)
+    d_fake_loss = (d_fake_adv + d_fake_aux) / 2
+
+    d_loss = (d_real_loss + d_fake_loss) / 2
+    d_loss.backward()
+    optimizer_D.step()
+
+    # (2) Train Generator: minimise, through the D just updated and on the same fakes,
+    #     L_G = - E log D(G(z|y)) - E log P(y | G(z|y))                                         (paper: max L_C - L_S)
+    optimizer_G.zero_grad()
+
+    validity, pred_label = discriminator(gen_imgs)
+    g_adv, g_aux = adversarial_loss(validity, valid), auxiliary_loss(pred_label, gen_labels)
+
+    g_loss = (g_adv + g_aux) / 2
+    g_loss.backward()
+    optimizer_G.step()
+
+    metrics = {
+        "d_loss": d_loss,
+        "d_real_adv": d_real_adv,
+        "d_real_aux": d_real_aux,
+        "d_fake_adv": d_fake_adv,
+        "d_fake_aux": d_fake_aux,
+        "g_loss": g_loss,
+        "g_adv": g_adv,
+        "g_aux": g_aux,
+        "real_correct": (real_aux.argmax(1) == labels).sum(),
+        "fake_correct": (fake_aux.argmax(1) == gen_labels).sum(),
+    }
+    return {name: value.detach() for name, value in metrics.items()}
+
+
+def draw_noise(n: int, latent_dim: int, device) -> torch.Tensor:
+    """z ~ N(0, 1) from NumPy's stream, float32 (n, latent_dim)."""
+    return torch.from_numpy(np.random.normal(0, 1, (n, latent_dim))).float().to(device)
+
+
+@torch.no_grad()
+def sample_image(generator, n_classes: int, latent_dim: int, device) -> torch.Tensor:
+    """Draw 10 rows of every class, one column a class: float32 (10 * n_classes, C, H, W) in [-1, 1].
+
+    G stays in train mode, so drawing uses the batch's statistics and moves the running ones: a quirk, kept.
+    """
+    z = draw_noise(10 * n_classes, latent_dim, device)
+    labels = torch.arange(n_classes, device=device).repeat(10)
+    return generator(z, labels)
+
+
+def train(opt: argparse.Namespace, device: torch.device, images: torch.Tensor, labels: torch.Tensor) -> int:
+    """Run the whole training in the tutorial's order of events, which fixes the random stream.
+
+    Args:
+        opt: the options of parse_args.
+        device: where to train.
+        images, labels: the training set, uint8 (N, C, H, W) and int64 (N,).
+
+    Returns:
+        The exit status: 0, or 128 + the number of the signal that stopped the run.
+
+    Raises:
+        Diverged: a loss is no longer finite.
+        OSError: something could not be written.
+    """
+    seed_everything(opt.seed)
+    generator = Generator(opt.n_classes, opt.latent_dim, opt.img_size, opt.channels)
+    discriminator = Discriminator(opt.n_classes, opt.img_size, opt.channels)
+    batches = ShuffledBatches(images, labels, opt.batch_size, device)
+    max_steps = min(opt.max_steps or math.inf, opt.n_epochs * len(batches))
+
+    settings = {"options": options_as_data(opt), "seed": opt.seed, "device": str(device)}
+    with (
+        StopRequest() as stop,
+        RunLog(opt.out_dir, settings, len(batches), opt.n_epochs, max_steps, opt.log_interval) as log,
+    ):
+        label, z = torch.randint(opt.n_classes, (1,)), torch.randn(1, opt.latent_dim)  # labels first, as the tutorial
+        log.graph(generator, z, label)
+        log.graph(discriminator, torch.randn(1, opt.channels, opt.img_size, opt.img_size))
+
+        generator.apply(weights_init_normal).to(device)
+        discriminator.apply(weights_init_normal).to(device)
+        optimizer_G = torch.optim.Adam(generator.parameters(), lr=opt.lr, betas=(opt.b1, opt.b2))
+        optimizer_D = torch.optim.Adam(discriminator.parameters(), lr=opt.lr, betas=(opt.b1, opt.b2))
+
+        for epoch in range(opt.n_epochs):
+            for i, (real_imgs, real_labels) in enumerate(log.epoch(epoch, batches)):
+                n = len(real_labels)
+                z = draw_noise(n, opt.latent_dim, device)
+                gen_labels = torch.from_numpy(np.random.randint(0, opt.n_classes, n)).to(device)
+
+                metrics = train_step(
+                    generator, discriminator, optimizer_G, optimizer_D, real_imgs, real_labels, z, gen_labels
+                )
+
+                batches_done = epoch * len(batches) + i
+                if batches_done % opt.sample_interval == 0:
+                    grid = sample_image(generator, opt.n_classes, opt.latent_dim, device)
+                    log.sample_grid(grid, opt.n_classes, batches_done)
+                log.batch(batches_done, metrics, n)
+                if stop.requested or batches_done + 1 == max_steps:
+                    break
+            if stop.requested:
+                break
+            log.end_epoch(batches_done, real_imgs, metrics, n)
+            if batches_done + 1 == max_steps:
+                break
+        log.save_weights(generator, discriminator)
+
+    what = f"Stopped by a signal after batch {batches_done}" if stop.requested else "Done"
+    if stop.requested or on_terminal():
+        announce(f"{what}: acgan_gen.pth and acgan_dist.pth are in {opt.out_dir.resolve()}")
+    return stop.exit_status
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, with a guess at a mistyped flag; exit status 2."""
+
+    def error(self, message: str):
+        if message.startswith("unrecognized arguments: "):
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            typed = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
+            near = difflib.get_close_matches(typed, flags, n=1)
+            message += f" (did you mean {near[0]}?)" if near else " (--help lists the flags)"
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(kind: type, wanted: str, accept):
+    """An argparse type: a finite `kind` that `accept` takes, or else an error that says what is `wanted`."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+            if math.isfinite(value) and accept(value):
+                return value
+        except (ValueError, OverflowError):
+            pass
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+
+    return parse
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; bad flags end the program with one line and exit status 2."""
+    count = number(int, "a whole number of at least 1", lambda value: value >= 1)
+    side = number(
+        int, "a multiple of 4 and at least 16, such as 28 or 32", lambda value: value >= 16 and value % 4 == 0
+    )
+    rate = number(float, "a number above 0, such as 0.0002", lambda value: value > 0)
+    beta = number(float, "a number in [0, 1), such as 0.5", lambda value: 0 <= value < 1)
+    seed = number(int, "a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)
+
+    parser = OneLineParser(
+        prog="acgan.py",
+        description="Train an auxiliary-classifier GAN on MNIST, as the tutorial does.",
+        allow_abbrev=False,
+    )
+
+    def flag(group, name, kind, default, text, metavar="N", shown="%(default)s"):
+        group.add_argument(name, type=kind, default=default, metavar=metavar, help=f"{text} (default: {shown})")
+
+    group = parser.add_argument_group("training")
+    flag(group, "--n_epochs", count, 200, "passes over the data")
+    flag(group, "--max_steps", count, None, "stop after N batches, for a quick look", shown="no limit")
+    flag(group, "--batch_size", count, 64, "images a batch")
+    flag(group, "--lr", rate, 0.0002, "Adam: learning rate of both networks", "X")
+    flag(group, "--b1", beta, 0.5, "Adam: decay of the gradient's mean, in [0, 1)", "X")
+    flag(group, "--b2", beta, 0.999, "Adam: decay of the squared gradient's mean, in [0, 1)", "X")
+    flag(group, "--seed", seed, None, "seed of PyTorch and NumPy", shown="one is drawn and printed")
+    group = parser.add_argument_group("networks")
+    flag(group, "--latent_dim", count, 100, "size of the noise z and of the label embedding")
+    flag(group, "--n_classes", count, 10, "classes; must fit the data")
+    flag(group, "--img_size", side, 32, "image side in pixels, a multiple of 4 and at least 16")
+    flag(group, "--channels", count, 1, "image channels; must fit the data")
+    group = parser.add_argument_group("data")
+    flag(
+        group, "--data_root", Path, HERE / "data" / "unpacked",
+        "folder of the unpacked digits, 55 MB; filled by the first run", "DIR", "data/unpacked beside acgan.py",
+    )  # fmt: skip
+    flag(
+        group, "--n_cpu", count, 8,
+        "loader workers of the tutorial's script; accepted, but without effect: the images stay in memory",
+    )  # fmt: skip
+    group = parser.add_argument_group("hardware").add_mutually_exclusive_group()
+    group.add_argument(
+        "--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
+        help="where to train; auto takes a GPU if there is one, and says so (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--cuda", dest="device", action="store_const", const="cuda", default="auto",
+        help="the same as --device cuda (in the tutorial's script it turns the GPU off)",
+    )  # fmt: skip
+    group = parser.add_argument_group("what a run writes")
+    flag(
+        group, "--out_dir", Path, Path(),
+        "folder for images/, logs/, weights, metrics.jsonl and config.json", "DIR", "the current folder",
+    )  # fmt: skip
+    flag(group, "--sample_interval", count, 400, "batches between sample grids")
+    flag(group, "--log_interval", count, 50, "batches between points of the per-batch curves and of metrics.jsonl")
+    opt = parser.parse_args(argv)
+
+    if opt.n_classes != len(MNIST.classes):
+        parser.error(f"argument --n_classes: MNIST has {len(MNIST.classes)} classes, not {opt.n_classes}")
+    if opt.channels != 1:
+        parser.error(f"argument --channels: MNIST's images are grey, so 1, not {opt.channels}")
+    if opt.img_size == 16 and opt.batch_size == 1:
+        parser.error("argument --batch_size: at --img_size 16, D's batch norm needs at least 2 images a batch")
+    return opt
+
+
+def options_as_data(opt: argparse.Namespace) -> dict:
+    """The options as JSON can hold them."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(opt).items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: returns 0 when done, 1 if training diverged, 2 for bad input, 128 + N for signal N."""
+    opt = parse_args(argv)
+    try:
+        device, why = choose_device(opt.device)
+        check_writable("--out_dir", opt.out_dir)
+        if why:
+            announce(why)
+        if opt.seed is None:
+            opt.seed = draw_seed()
+            announce(f"Seed: {opt.seed}; --seed {opt.seed} repeats this run.")
+        images, labels = load_mnist(opt.data_root, opt.img_size)
+        return train(opt, device, images, labels)
+    except BadInput as error:
+        announce(f"acgan.py: error: {error}")
+        return 2
+    except Diverged as error:
+        announce(f"acgan.py: error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        announce("Stopped.")
+        return 130
+    except OSError as error:
+        announce(f"acgan.py: error: cannot write {error.filename or opt.out_dir}: {error.strerror or error}")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""The two networks of the ACGAN, their weight initialisation, and their weight files.
+
+Odena, Olah, Shlens: "Conditional Image Synthesis with Auxiliary Classifier GANs", 2016, arXiv:1610.09585.
+Layers, sizes and parameter names are those of the tutorial (GAN Step By Step, Step 5).
+"""
+
+import pickle
+import zipfile
+
+import torch
+from torch import nn
+
+
+class Generator(nn.Module):
+    """G(z | y): draws an image of class y from noise z (tutorial, "生成网络").
+
+    Args:
+        n_classes: number of classes, at least 1.
+        latent_dim: length of z and of the label embedding, at least 1.
+        img_size: image side in pixels; a multiple of 4, at least 16.
+        channels: image channels, at least 1.
+
+    Raises:
+        ValueError: a size is out of the ranges above.
+    """
+
+    def __init__(self, n_classes: int = 10, latent_dim: int = 100, img_size: int = 32, channels: int = 1):
+        super().__init__()
+        check_sizes(n_classes=n_classes, latent_dim=latent_dim, img_size=img_size, channels=channels)
+        self.config = dict(n_classes=n_classes, latent_dim=latent_dim, img_size=img_size, channels=channels)
+
+        self.label_emb = nn.Embedding(n_classes, latent_dim)
+        self.init_size = img_size // 4  # side of the first feature map; two upsamplings follow
+        self.l1 = nn.Sequential(nn.Linear(latent_dim, 128 * self.init_size**2))
+
+        # BatchNorm2d(n, 0.8) sets eps, where momentum was meant: a quirk of the tutorial, kept.
+        self.conv_blocks = nn.Sequential(  #            (B, 128, s/4, s/4), s = img_size
+            nn.BatchNorm2d(128),
+            nn.Upsample(scale_factor=2),  #             (B, 128, s/2, s/2)
+            nn.Conv2d(128, 128, 3, stride=1, padding=1),
+            nn.BatchNorm2d(128, 0.8),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Upsample(scale_factor=2),  #             (B, 128, s, s)
+            nn.Conv2d(128, 64, 3, stride=1, padding=1),  # (B, 64, s, s)
+            nn.BatchNorm2d(64, 0.8),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Conv2d(64, channels, 3, stride=1, padding=1),  # (B, channels, s, s)
+            nn.Tanh(),
+        )
+
+    def forward(self, noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Draw one image for each pair of noise and label.
+
+        Args:
+            noise: z ~ N(0, 1), float32 (B, latent_dim).
+            labels: classes y, int64 (B,), in [0, n_classes).
+
+        Returns:
+            Images, float32 (B, channels, img_size, img_size), in [-1, 1].
+        """
+        gen_input = torch.mul(self.label_emb(labels), noise)  # (B, latent_dim)
+        out = self.l1(gen_input)
+        out = out.view(out.shape[0], 128, self.init_size, self.init_size)
+        return self.conv_blocks(out)
+
+
+class Discriminator(nn.Module):
+    """D(x): is the image real, and which class does it show? (tutorial, "判别网络").
+
+    Args:
+        n_classes: number of classes, at least 1.
+        img_size: image side in pixels; a multiple of 4, at least 16.
+        channels: image channels, at least 1.
+
+    Raises:
+        ValueError: a size is out of the ranges above.
+    """
+
+    def __init__(self, n_classes: int = 10, img_size: int = 32, channels: int = 1):
+        super().__init__()
+        check_sizes(n_classes=n_classes, img_size=img_size, channels=channels)
+        self.config = dict(n_classes=n_classes, img_size=img_size, channels=channels)
+
+        def discriminator_block(in_filters, out_filters, bn=True):
+            """One halving of the image: (B, in, s, s) to (B, out, ceil(s/2), ceil(s/2))."""
+            block = [
+                nn.Conv2d(in_filters, out_filters, 3, 2, 1),
+                nn.LeakyReLU(0.2, inplace=True),
+                nn.Dropout2d(0.25),
+            ]
+            if bn:
+                block.append(nn.BatchNorm2d(out_filters, 0.8))  # 0.8 is eps here too
+            return block
+
+        self.conv_blocks = nn.Sequential(  #             (B, channels, s, s), s = img_size
+            *discriminator_block(channels, 16, bn=False),  # (B, 16, s/2, s/2)
+            *discriminator_block(16, 32),  #                (B, 32, s/4, s/4)
+            *discriminator_block(32, 64),  #                (B, 64, s/8, s/8)
+            *discriminator_block(64, 128),  #               (B, 128, s/16, s/16)
+        )
+
+        # Each convolution rounds an odd side up, so 28 ends at 2; for multiples of 16 it is img_size / 16.
+        ds_size = -(-img_size // 16)
+        self.adv_layer = nn.Sequential(nn.Linear(128 * ds_size**2, 1), nn.Sigmoid())
+        self.aux_layer = nn.Sequential(nn.Linear(128 * ds_size**2, n_classes), nn.Softmax(dim=1))
+
+    def forward(self, img: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Judge a batch of images.
+
+        Args:
+            img: float32 (B, channels, img_size, img_size), in [-1, 1].
+
+        Returns:
+            validity: P(real), float32 (B, 1), in [0, 1];
+            label: class probabilities, float32 (B, n_classes), each row sums to 1.
+        """
+        out = self.conv_blocks(img)
+        out = out.view(out.shape[0], -1)  # (B, 128 * ds_size**2)
+        validity = self.adv_layer(out)
+        label = self.aux_layer(out)
+        return validity, label
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise ValueError, naming the size, unless the networks can be built with these sizes."""
+    for name, value in sizes.items():
+        if name == "img_size" and (value < 16 or value % 4):
+            raise ValueError(f"img_size is {value}, but must be a multiple of 4 and at least 16, such as 28 or 32")
+        if value < 1:
+            raise ValueError(f"{name} is {value}, but must be at least 1")
+
+
+def weights_init_normal(module: nn.Module) -> None:
+    """Re-initialise one layer in place, as DCGAN does; for `network.apply` (spec of the tutorial, step 3).
+
+    Convolution weights become N(0, 0.02); batch-norm weights N(1, 0.02) and biases 0. Others stay.
+    """
+    if isinstance(module, nn.Conv2d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1.0, 0.02)
+        nn.init.constant_(module.bias, 0.0)
+
+
+def pack_network(network: Generator | Discriminator) -> dict:
+    """What a weight file holds: the class's name, its sizes, and the state dict on the CPU; no code."""
+    return {
+        "network": type(network).__name__,
+        "config": dict(network.config),
+        "state_dict": {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()},
+    }
+
+
+def load_network(path, device="cpu") -> Generator | Discriminator:
+    """Rebuild a network from the file that a training wrote: `G = load_network("acgan_gen.pth")`.
+
+    The file is read as data (`weights_only=True`), never run as code. The network comes in train mode,
+    in which the tutorial draws its samples; call `.eval()` for running statistics.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is damaged, or is no weight file of this project.
+    """
+    try:
+        packed = torch.load(path, map_location=device, weights_only=True)
+        network = {"Generator": Generator, "Discriminator": Discriminator}[packed["network"]](**packed["config"])
+        network.load_state_dict(packed["state_dict"])
+    except (RuntimeError, ValueError, KeyError, TypeError, IndexError, EOFError, AttributeError,
+            pickle.UnpicklingError, zipfile.BadZipFile) as error:  # fmt: skip
+        raise ValueError(f"{path} is damaged, or is not a weight file that acgan.py wrote") from error
+    return network.to(device)

@@ -1,0 +1,131 @@
+"""What surrounds a run: clear errors, seeds, the choice of device, whole files, and stopping on a signal."""
+
+import contextlib
+import os
+import random
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+class BadInput(Exception):
+    """Something only the person at the keyboard can mend; its one line says what is wrong and what to do."""
+
+
+def on_terminal() -> bool:
+    """True if a person watches: both outputs are terminals. Piped runs stay quiet."""
+    return sys.stdout.isatty() and sys.stderr.isatty()
+
+
+def announce(line: str) -> None:
+    """Tell the person one thing, on stderr, so that stdout keeps to its one line an epoch."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def draw_seed() -> int:
+    """A fresh seed in [0, 2**32), the range that NumPy accepts."""
+    return random.SystemRandom().randrange(2**32)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed PyTorch (all devices) and NumPy, the two streams that the tutorial draws from."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+
+
+def choose_device(name: str) -> tuple[torch.device, str]:
+    """Turn `--device` into a device and, for "auto", one line that says what was chosen and why.
+
+    Args:
+        name: "auto", "cpu", "cuda" or "mps".
+
+    Raises:
+        BadInput: the named device is not on this machine.
+    """
+    cuda = torch.cuda.is_available()
+    mps = torch.backends.mps.is_available()
+    if name == "auto":
+        if cuda:
+            return torch.device("cuda"), f"Device: cuda ({torch.cuda.get_device_name()}), as PyTorch finds a GPU."
+        if mps:
+            return torch.device("mps"), "Device: mps (this Mac's GPU), as PyTorch finds no CUDA GPU."
+        threads = torch.get_num_threads()
+        return torch.device("cpu"), f"Device: cpu ({threads} threads), as PyTorch finds no GPU."
+    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
+        found = ", ".join(["cpu"] + ["cuda"] * cuda + ["mps"] * mps)
+        raise BadInput(f"argument --device: {name} is not available here; PyTorch finds: {found}")
+    return torch.device(name), ""
+
+
+def check_writable(flag: str, folder: Path) -> None:
+    """Raise BadInput unless `folder` exists or can be made, and files can be written there. Leaves no trace."""
+    existing = folder.absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise BadInput(
+            f"argument {flag}: cannot write to {str(folder)!r} ({error.strerror}); name a folder that you may write to"
+        ) from error
+
+
+@contextlib.contextmanager
+def whole_file(path: Path):
+    """Open a binary file that appears under `path` only when the block ends well: never half a file.
+
+    Written beside its place as `.NAME.part`, flushed to the disk, then renamed.
+
+    Raises:
+        OSError: the folder is missing or cannot be written, or the disk is full; `path` keeps what it held.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+
+
+class StopRequest:
+    """Inside the block, Ctrl-C and TERM let the running batch finish: `requested` turns true.
+
+    A second signal, or a batch that takes longer than `PATIENCE` seconds, ends the block with KeyboardInterrupt.
+    `exit_status` is then what a shell expects: 128 + the signal's number.
+    """
+
+    PATIENCE = 3.0  # seconds
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.exit_status = 0
+
+    def __enter__(self):
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGALRM"):
+            signals.append(signal.SIGALRM)
+        self._previous = {number: signal.signal(number, self._on_signal) for number in signals}
+        return self
+
+    def _on_signal(self, number, frame):
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        self.exit_status = 128 + number
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, self.PATIENCE)
+
+    def __exit__(self, *exc_info):
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
