@@ -18,15 +18,15 @@ import torch
 
 from dataset import MNIST, ShuffledBatches, load_mnist
 from models import Discriminator, Generator, weights_init_normal
-from runlog import Diverged, RunLog
+from runlog import Diverged, RunLog, check_out_dir
 from utils import (
     BadInput,
     StopRequest,
     announce,
-    check_writable,
     choose_device,
     draw_seed,
     on_terminal,
+    out_of_memory,
     seed_everything,
 )
 
@@ -203,7 +203,7 @@ def number(kind: type, wanted: str, accept):
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; bad flags end the program with one line and exit status 2."""
-    count = number(int, "a whole number of at least 1", lambda value: value >= 1)
+    count = number(int, "a whole number from 1 to 2147483647", lambda value: 1 <= value < 2**31)
     side = number(
         int, "a multiple of 4 and at least 16, such as 28 or 32", lambda value: value >= 16 and value % 4 == 0
     )
@@ -279,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     opt = parse_args(argv)
     try:
         device, why = choose_device(opt.device)
-        check_writable("--out_dir", opt.out_dir)
+        check_out_dir(opt.out_dir)
         if why:
             announce(why)
         if opt.seed is None:
@@ -296,6 +296,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         announce("Stopped.")
         return 130
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        announce("acgan.py: error: not enough memory; lower --batch_size, --img_size or --latent_dim")
+        return 2
     except OSError as error:
         announce(f"acgan.py: error: cannot write {error.filename or opt.out_dir}: {error.strerror or error}")
         return 2

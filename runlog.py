@@ -17,7 +17,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from models import pack_network
-from utils import BadInput, announce, on_terminal, whole_file
+from utils import BadInput, announce, check_writable, on_terminal, whole_file
 
 # TensorBoard's name for each per-batch curve; the keys are those of metrics.jsonl.
 CURVES = {
@@ -73,7 +73,6 @@ class RunLog:
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
-        BadInput: `out_dir` holds a config.json that no run of this script wrote.
     """
 
     LOOK_INTERVAL = 0.3  # seconds between two looks at the figures for the bar
@@ -86,6 +85,7 @@ class RunLog:
         self.max_steps = max_steps
         self.log_interval = log_interval
         self.bar = None
+        self.next_step = 0
 
         set_aside_earlier_run(out_dir)
         self.images = out_dir / "images"
@@ -103,11 +103,13 @@ class RunLog:
     def __enter__(self):
         return self
 
-    def __exit__(self, *exc_info):
+    def __exit__(self, kind, error, traceback):
         if self.bar is not None:
             self.bar.close()
         self.rows.close()
         self.board.close()
+        if isinstance(error, RuntimeError) and "between 0 and 1" in str(error):  # BCELoss's word for NaN
+            raise Diverged(f"the loss is no longer finite at batch {self.next_step}") from error
 
     def graph(self, network, *inputs) -> None:
         """Write a network's graph for TensorBoard, from one traced example."""
@@ -149,6 +151,7 @@ class RunLog:
             if seen:
                 self._show(step, row)
         self.bar.update(1)
+        self.next_step = step + 1
 
     def end_epoch(self, step: int, real_imgs: torch.Tensor, metrics: dict[str, torch.Tensor], batch_size: int) -> None:
         """Write the tutorial's figures of the epoch's last batch: TensorBoard, and the line of a piped run."""
@@ -201,11 +204,17 @@ class RunLog:
                 file.write(buffer.getbuffer())
 
 
-def set_aside_earlier_run(out_dir: Path) -> None:
-    """Move an earlier run's files from `out_dir` to the folder of that run below logs/, and say so."""
+def check_out_dir(out_dir: Path) -> None:
+    """Raise BadInput unless a run can write into `out_dir`. Leaves no trace."""
+    check_writable("--out_dir", out_dir)
+    earlier_log_dir(out_dir)
+
+
+def earlier_log_dir(out_dir: Path) -> Path | None:
+    """The log folder of the run whose files lie in `out_dir`, or None; BadInput for a config.json of others."""
     config = out_dir / "config.json"
     if not config.exists():
-        return
+        return None
     try:
         logs, name = Path(json.loads(config.read_text())["log_dir"]).parts
         if logs != "logs" or name == "..":
@@ -214,7 +223,14 @@ def set_aside_earlier_run(out_dir: Path) -> None:
         raise BadInput(
             f"argument --out_dir: {str(config)!r} is not from a run of this script; name another folder"
         ) from error
-    kept = out_dir / logs / name
+    return out_dir / logs / name
+
+
+def set_aside_earlier_run(out_dir: Path) -> None:
+    """Move an earlier run's files from `out_dir` to the folder of that run below logs/, and say so."""
+    kept = earlier_log_dir(out_dir)
+    if kept is None:
+        return
     (kept / "images").mkdir(parents=True, exist_ok=True)
     for grid in (out_dir / "images").glob("[0-9]*.png"):
         os.replace(grid, kept / "images" / grid.name)

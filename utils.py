@@ -26,6 +26,12 @@ def announce(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """True if `error` is one of the ways in which NumPy and PyTorch say that memory does not suffice."""
+    words = ("can't allocate memory", "overflow", "out of memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
 def draw_seed() -> int:
     """A fresh seed in [0, 2**32), the range that NumPy accepts."""
     return random.SystemRandom().randrange(2**32)

@@ -1,0 +1,59 @@
+"""Fixtures: the real script as a subprocess, and the real digits, unpacked once."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory):
+    """A folder with MNIST unpacked from the bundled files."""
+    from dataset import MNIST
+
+    root = tmp_path_factory.mktemp("unpacked")
+    MNIST(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def start(data_root):
+    """start(*flags): the running script, on the CPU, its outputs piped; it trains on the real digits.
+
+    With `digits=N` on the first N of them, for epochs that end soon.
+    """
+
+    def start(*flags, digits=None, **kwargs):
+        script = [ROOT / "acgan.py"] if digits is None else [ROOT / "tests" / "few_digits.py", digits]
+        command = [sys.executable, *script, "--data_root", data_root, "--device", "cpu", *flags]
+        return subprocess.Popen(
+            [str(word) for word in command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **kwargs,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def run(start):
+    """run(*flags): the script run to its end; has .returncode, .stdout and .stderr."""
+
+    def run(*flags, **kwargs):
+        process = start(*flags, **kwargs)
+        out, err = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    return run
+
+
+def read_rows(out_dir: Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]

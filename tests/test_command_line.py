@@ -1,0 +1,91 @@
+"""The command line: every mistake gets one line that names the flag, exit status 2, and leaves no trace."""
+
+import re
+
+import pytest
+import torch
+
+import acgan
+
+
+def fails(flags, capsys):
+    """Run the script with `flags`, which must fail before it builds anything; returns its one line."""
+    try:
+        status = acgan.main([str(flag) for flag in flags])
+    except SystemExit as exit:
+        status = exit.code
+    out, err = capsys.readouterr()
+    assert status == 2 and out == ""
+    assert err.count("\n") == 1 and err.startswith("acgan.py: error: ")
+    return err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--n_epochs", 0], "--n_epochs: '0' is not a whole number from 1"),
+        (["--n_epochs", 1.5], "--n_epochs: '1.5' is not a whole number"),
+        (["--max_steps", 0], "--max_steps"),
+        (["--batch_size", -1], "--batch_size"),
+        (["--latent_dim", 0], "--latent_dim"),
+        (["--latent_dim", 10**30], "--latent_dim"),
+        (["--sample_interval", 0], "--sample_interval"),
+        (["--log_interval", 0], "--log_interval"),
+        (["--n_cpu", -3], "--n_cpu"),
+        (["--lr", 0], "--lr: '0' is not a number above 0"),
+        (["--lr", "nan"], "--lr"),
+        (["--lr", "inf"], "--lr"),
+        (["--b1", 1], r"--b1: '1' is not a number in \[0, 1\)"),
+        (["--b2", -0.1], "--b2"),
+        (["--seed", -1], "--seed: '-1' is not a whole number from 0 to 4294967295"),
+        (["--seed", 2**32], "--seed"),
+        (["--img_size", 30], "--img_size: '30' is not a multiple of 4 and at least 16"),
+        (["--img_size", 12], "--img_size"),
+        (["--img_size", 16, "--batch_size", 1], "--batch_size: .* at least 2 images"),
+        (["--n_classes", 11], "--n_classes: MNIST has 10 classes, not 11"),
+        (["--channels", 3], "--channels: MNIST's images are grey, so 1, not 3"),
+        (["--device", "tpu"], "--device: invalid choice: 'tpu' .*cuda"),
+        (["--device", "cpu", "--cuda"], "--cuda: not allowed with argument --device"),
+        (["--n_epoch", 3], r"--n_epoch 3 \(did you mean --n_epochs\?\)"),
+        (["--quick"], r"--quick \(--help lists the flags\)"),
+        (["--out_dir", "a_file/run"], "--out_dir: cannot write to 'a_file/run'"),
+        (["--out_dir", "/proc/run"], "--out_dir: cannot write to '/proc/run'"),
+        (["--out_dir", "a_run_of_others"], "--out_dir: .*config.json' is not from a run of this script"),
+    ],
+)
+def test_mistakes(flags, words, capsys, tmp_path, monkeypatch, data_root):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").touch()
+    (tmp_path / "a_run_of_others").mkdir()
+    (tmp_path / "a_run_of_others" / "config.json").write_text('{"theirs": true}')
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    device = [] if {"--device", "--cuda"} & set(flags) else ["--device", "cpu"]
+    assert re.search(words, fails(["--seed", 0, "--data_root", data_root, *device, *flags], capsys))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("flags", [["--device", "cuda"], ["--cuda"]])
+def test_gpu_that_is_not_there(flags, capsys, tmp_path):
+    line = fails([*flags, "--out_dir", tmp_path / "run"], capsys)
+    assert "--device: cuda is not available here; PyTorch finds: cpu" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_states_every_default(capsys):
+    with pytest.raises(SystemExit):
+        acgan.main(["--help"])
+    text = " ".join(capsys.readouterr().out.partition("training:")[2].split())
+    defaults = vars(acgan.parse_args([]))
+    for flag in defaults:
+        entry = re.search(rf"--{flag} .*?\(default: (.*?)\)", text)
+        assert entry, flag
+        if isinstance(defaults[flag], int | float):
+            assert entry[1] == str(defaults[flag])
+
+
+def test_defaults_are_the_tutorials():
+    opt = acgan.parse_args([])
+    tutorial = dict(n_epochs=200, batch_size=64, lr=0.0002, b1=0.5, b2=0.999, n_cpu=8, latent_dim=100, n_classes=10,
+                    img_size=32, channels=1, sample_interval=400)  # fmt: skip
+    assert {name: getattr(opt, name) for name in tutorial} == tutorial

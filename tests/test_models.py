@@ -1,0 +1,101 @@
+"""The networks: the tutorial's names and counts, every promised size, and weight files that rebuild them."""
+
+import pickle
+
+import pytest
+import torch
+
+from models import Discriminator, Generator, load_network, pack_network, weights_init_normal
+
+
+def count(network):
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def test_parameters_are_the_tutorials():
+    generator, discriminator = Generator(), Discriminator()
+    assert (count(generator), count(discriminator)) == (1_050_985, 103_243)
+    assert [name for name, _ in generator.named_parameters()] == [
+        "label_emb.weight",
+        "l1.0.weight",
+        "l1.0.bias",
+        *(f"conv_blocks.{n}.{part}" for n in (0, 2, 3, 6, 7, 9) for part in ("weight", "bias")),
+    ]
+    assert [name for name, _ in discriminator.named_parameters()] == [
+        *(f"conv_blocks.{n}.{part}" for n in (0, 3, 6, 7, 10, 11, 14) for part in ("weight", "bias")),
+        *(f"{layer}.0.{part}" for layer in ("adv_layer", "aux_layer") for part in ("weight", "bias")),
+    ]
+
+
+@pytest.mark.parametrize("img_size", [16, 20, 24, 28, 32, 36, 48, 64])
+@pytest.mark.parametrize(("channels", "n_classes", "latent_dim"), [(1, 10, 100), (3, 7, 13)])
+def test_shapes_and_ranges(img_size, channels, n_classes, latent_dim):
+    generator = Generator(n_classes, latent_dim, img_size, channels)
+    discriminator = Discriminator(n_classes, img_size, channels)
+    imgs = generator(torch.randn(4, latent_dim), torch.randint(n_classes, (4,)))
+    assert imgs.shape == (4, channels, img_size, img_size)
+    assert imgs.abs().max() <= 1
+    validity, label = discriminator(imgs)
+    assert validity.shape == (4, 1) and label.shape == (4, n_classes)
+    assert ((validity >= 0) & (validity <= 1)).all()
+    torch.testing.assert_close(label.sum(1), torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"img_size": 12}, {"img_size": 30}, {"channels": 0}, {"n_classes": 0}, {"latent_dim": -1}]
+)
+def test_sizes_that_cannot_work_are_named(sizes):
+    with pytest.raises(ValueError, match=next(iter(sizes))):
+        Generator(**sizes)
+
+
+def test_label_and_noise_both_reach_the_image():
+    generator = Generator().eval()
+    z, labels = torch.randn(1, 100), torch.tensor([3])
+    assert not torch.equal(generator(z, labels), generator(z, labels + 1))
+    assert not torch.equal(generator(z, labels), generator(-z, labels))
+
+
+def test_init_touches_convolutions_and_norms_only():
+    torch.manual_seed(0)
+    generator = Generator()
+    before = {name: parameter.clone() for name, parameter in generator.named_parameters()}
+    generator.apply(weights_init_normal)
+    after = {name: parameter.detach() for name, parameter in generator.named_parameters()}
+    for name in ("label_emb.weight", "l1.0.weight", "l1.0.bias", "conv_blocks.2.bias"):
+        assert torch.equal(before[name], after[name])
+    assert after["conv_blocks.2.weight"].std() == pytest.approx(0.02, rel=0.02)
+    assert after["conv_blocks.3.weight"].mean() == pytest.approx(1, abs=0.01)
+    assert after["conv_blocks.3.weight"].std() == pytest.approx(0.02, rel=0.3)
+
+
+@pytest.mark.parametrize("network", [Generator(7, 13, 28, 3), Discriminator(7, 28, 3)])
+def test_weight_file_alone_rebuilds_the_network(network, tmp_path):
+    torch.save(pack_network(network), tmp_path / "weights.pth")
+    rebuilt = load_network(tmp_path / "weights.pth")
+    assert type(rebuilt) is type(network) and rebuilt.config == network.config
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(rebuilt.state_dict()[name], tensor)
+
+
+class RunsCode:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (open, (self.marker, "w"))
+
+
+def test_weight_files_that_are_none_get_one_clear_line(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(pack_network(Generator()), path)
+    whole = path.read_bytes()
+    marker = tmp_path / "code was run"
+    wrong_shape = pack_network(Generator()) | {"config": Generator(latent_dim=50).config}
+    torch.save(wrong_shape, path)
+    contents = [path.read_bytes(), b"", b"text", whole[:1000], whole[:-1000], pickle.dumps(RunsCode(str(marker)), 2)]
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="damaged, or is not a weight file"):
+            load_network(path)
+    assert not marker.exists()
