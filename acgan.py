@@ -135,9 +135,10 @@ def train(opt: argparse.Namespace, device: torch.device, images: torch.Tensor, l
         StopRequest() as stop,
         RunLog(opt.out_dir, settings, len(batches), opt.n_epochs, max_steps, opt.log_interval) as log,
     ):
-        label, z = torch.randint(opt.n_classes, (1,)), torch.randn(1, opt.latent_dim)  # labels first, as the tutorial
-        log.graph(generator, z, label)
-        log.graph(discriminator, torch.randn(1, opt.channels, opt.img_size, opt.img_size))
+        label = torch.randint(opt.n_classes, (1,))  # the tutorial's examples for the graphs, in its order
+        z = torch.randn(1, opt.latent_dim)
+        img = torch.randn(1, opt.channels, opt.img_size, opt.img_size)
+        log.graphs(generator, discriminator, z, label, img)
 
         generator.apply(weights_init_normal).to(device)
         discriminator.apply(weights_init_normal).to(device)

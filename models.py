@@ -115,7 +115,7 @@ class Discriminator(nn.Module):
             label: class probabilities, float32 (B, n_classes), each row sums to 1.
         """
         out = self.conv_blocks(img)
-        out = out.view(out.shape[0], -1)  # (B, 128 * ds_size**2)
+        out = out.flatten(1)  # (B, 128 * ds_size**2)
         validity = self.adv_layer(out)
         label = self.aux_layer(out)
         return validity, label

@@ -39,6 +39,17 @@ class Diverged(Exception):
     """A loss is no longer a finite number; its line names the step."""
 
 
+class BothNetworks(torch.nn.Module):
+    """G and D side by side, for one graph."""
+
+    def __init__(self, generator, discriminator):
+        super().__init__()
+        self.generator, self.discriminator = generator, discriminator
+
+    def forward(self, z, labels, img):
+        return self.generator(z, labels), *self.discriminator(img)
+
+
 def read_metrics(metrics: dict[str, torch.Tensor], batch_size: int) -> dict[str, float]:
     """Turn a step's tensors into numbers: the point where the host waits for the device.
 
@@ -111,11 +122,11 @@ class RunLog:
         if isinstance(error, RuntimeError) and "between 0 and 1" in str(error):  # BCELoss's word for NaN
             raise Diverged(f"the loss is no longer finite at batch {self.next_step}") from error
 
-    def graph(self, network, *inputs) -> None:
-        """Write a network's graph for TensorBoard, from one traced example."""
+    def graphs(self, generator, discriminator, z, labels, img) -> None:
+        """Write the graphs of both networks, each traced on one example, as one: TensorBoard keeps one a run."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what the tracer warns of is not this run's concern
-            self.board.add_graph(network, inputs)
+            warnings.simplefilter("ignore")  # what the tracer warns of is no concern of this run
+            self.board.add_graph(BothNetworks(generator, discriminator), (z, labels, img))
 
     def epoch(self, epoch: int, batches):
         """Yield from `batches`, with the bar of this epoch (counted from 0) around them on a terminal."""
