@@ -153,13 +153,17 @@ class ShuffledBatches:
         self.batch_size = batch_size
 
     def __len__(self) -> int:
+        """Batches an epoch."""
         return -(-len(self.labels) // self.batch_size)
 
     def __iter__(self):
-        """Yield (real_imgs, labels): float32 (B, C, H, W) in [-1, 1], and int64 (B,)."""
+        """One epoch: yield the indices of each batch, int64 (B,), on the device."""
         torch.empty((), dtype=torch.int64).random_()  # the loader's base seed
         sampler_seed = int(torch.empty((), dtype=torch.int64).random_())
         generator = torch.Generator().manual_seed(sampler_seed)
         order = torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
-        for batch in order.split(self.batch_size):
-            yield normalize(self.images[batch]), self.labels[batch]
+        yield from order.split(self.batch_size)
+
+    def gather(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The batch of these indices: float32 (B, C, H, W) in [-1, 1], and labels, int64 (B,)."""
+        return normalize(self.images[indices]), self.labels[indices]

@@ -8,7 +8,40 @@ import pickle
 import zipfile
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+
+class UpsampleConv2d(nn.Conv2d):
+    """Upsample(scale_factor=2), nearest, then Conv2d(3x3, padding=1), in one cheaper convolution.
+
+    Along one axis the doubled image is u[2i] = u[2i+1] = x[i], so with the kernel (w0, w1, w2)
+
+        y[2i]   = w0 x[i-1] + (w1 + w2) x[i]
+        y[2i+1] = (w0 + w1) x[i] + w2 x[i+1]
+
+    which is a transposed convolution with stride 2, padding 1 and the kernel (w2, w1+w2, w0+w1, w0). With the same
+    along the other axis: 16 multiplications for 4 pixels instead of 36, borders included. The parameters are
+    those of the plain 3x3 convolution, under the same names.
+
+    Args:
+        in_channels, out_channels: as of Conv2d.
+        folded: False computes the plain pair instead, for comparison.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, folded: bool = True):
+        super().__init__(in_channels, out_channels, 3, stride=1, padding=1)
+        self.folded = folded
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Float (B, in_channels, h, w) to (B, out_channels, 2h, 2w)."""
+        if not self.folded:
+            return super().forward(F.interpolate(x, scale_factor=2))
+        weight = self.weight.transpose(0, 1)  # (in, out, 3, 3), as conv_transpose2d wants it
+        for axis in (2, 3):
+            w0, w1, w2 = weight.unbind(axis)
+            weight = torch.stack([w2, w1 + w2, w0 + w1, w0], axis)  # finally (in, out, 4, 4)
+        return F.conv_transpose2d(x, weight, self.bias, stride=2, padding=1)
 
 
 class Generator(nn.Module):
@@ -19,12 +52,21 @@ class Generator(nn.Module):
         latent_dim: length of z and of the label embedding, at least 1.
         img_size: image side in pixels; a multiple of 4, at least 16.
         channels: image channels, at least 1.
+        folded: compute each upsampling and its convolution in one (the same function, 2.25 times fewer
+            multiplications); False computes the tutorial's plain pair. Not part of the weights.
 
     Raises:
         ValueError: a size is out of the ranges above.
     """
 
-    def __init__(self, n_classes: int = 10, latent_dim: int = 100, img_size: int = 32, channels: int = 1):
+    def __init__(
+        self,
+        n_classes: int = 10,
+        latent_dim: int = 100,
+        img_size: int = 32,
+        channels: int = 1,
+        folded: bool = True,
+    ):
         super().__init__()
         check_sizes(n_classes=n_classes, latent_dim=latent_dim, img_size=img_size, channels=channels)
         self.config = dict(n_classes=n_classes, latent_dim=latent_dim, img_size=img_size, channels=channels)
@@ -36,12 +78,12 @@ class Generator(nn.Module):
         # BatchNorm2d(n, 0.8) sets eps, where momentum was meant: a quirk of the tutorial, kept.
         self.conv_blocks = nn.Sequential(  #            (B, 128, s/4, s/4), s = img_size
             nn.BatchNorm2d(128),
-            nn.Upsample(scale_factor=2),  #             (B, 128, s/2, s/2)
-            nn.Conv2d(128, 128, 3, stride=1, padding=1),
+            nn.Identity(),  # the tutorial's Upsample, done in the next layer; it keeps the parameters' numbers
+            UpsampleConv2d(128, 128, folded),  #        (B, 128, s/2, s/2)
             nn.BatchNorm2d(128, 0.8),
             nn.LeakyReLU(0.2, inplace=True),
-            nn.Upsample(scale_factor=2),  #             (B, 128, s, s)
-            nn.Conv2d(128, 64, 3, stride=1, padding=1),  # (B, 64, s, s)
+            nn.Identity(),  # likewise
+            UpsampleConv2d(128, 64, folded),  #         (B, 64, s, s)
             nn.BatchNorm2d(64, 0.8),
             nn.LeakyReLU(0.2, inplace=True),
             nn.Conv2d(64, channels, 3, stride=1, padding=1),  # (B, channels, s, s)

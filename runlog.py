@@ -119,7 +119,8 @@ class RunLog:
             self.bar.close()
         self.rows.close()
         self.board.close()
-        if isinstance(error, RuntimeError) and "between 0 and 1" in str(error):  # BCELoss's word for NaN
+        nan_words = ("between 0 and 1", "device-side assert")  # BCELoss's, on the CPU and on CUDA
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in nan_words):
             raise Diverged(f"the loss is no longer finite at batch {self.next_step}") from error
 
     def graphs(self, generator, discriminator, z, labels, img) -> None:
@@ -201,7 +202,7 @@ class RunLog:
 
     def sample_grid(self, imgs: torch.Tensor, nrow: int, step: int) -> None:
         """Write a grid of generated images to images/{step}.png and to TensorBoard's fake_image."""
-        grid = make_grid(imgs, nrow=nrow, normalize=True)
+        grid = make_grid(imgs.cpu(), nrow=nrow, normalize=True)
         with whole_file(self.images / f"{step}.png") as file:
             save_image(grid, file, format="png")
         self.board.add_image("fake_image", grid, step)

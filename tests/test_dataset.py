@@ -43,13 +43,12 @@ def test_batches_and_random_stream_are_those_of_the_shuffled_loader(data_root):
     theirs = DataLoader(list(zip(normalize(images), labels, strict=True)), batch_size=64, shuffle=True)
     assert len(ours) == len(theirs) == 16
 
-    def epochs(batches):
-        torch.manual_seed(3)
-        seen = [batch for _ in range(2) for batch in batches]
-        return seen, torch.rand(1)
-
-    our_batches, our_next_number = epochs(ours)
-    their_batches, their_next_number = epochs(theirs)
+    torch.manual_seed(3)
+    our_batches = [ours.gather(indices) for _ in range(2) for indices in ours]
+    our_next_number = torch.rand(1)
+    torch.manual_seed(3)
+    their_batches = [batch for _ in range(2) for batch in theirs]
+    their_next_number = torch.rand(1)
     for (our_images, our_labels), (their_images, their_labels) in zip(our_batches, their_batches, strict=True):
         assert torch.equal(our_images, their_images) and torch.equal(our_labels, their_labels)
     assert torch.equal(our_next_number, their_next_number)

@@ -1,0 +1,263 @@
+"""How many batches a second: this script's own training path against a plain loop written as the tutorial trains.
+
+    python benchmarks/throughput.py            # about five minutes on two cores; nothing else should run
+    python benchmarks/throughput.py --json
+
+Each side has a process of its own and trains all the time with its own settings; they take turns, round by round,
+so that both meet the same moods of the machine. `ours` is `acgan.train` itself, with the default flags of a
+200-epoch run, its bar, logs and grids; it has compiled what it wants to compile before the first timed round.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import acgan  # noqa: E402 (needs the path above)
+from dataset import MNIST  # noqa: E402
+from models import Discriminator, Generator, weights_init_normal  # noqa: E402
+from runlog import RunLog  # noqa: E402
+
+WARM_UP = 60  # batches before the first timed round: enough to time, compile and time again
+DROPPED = 20  # batches at the start of a round: what the tutorial's workers had loaded ahead
+
+
+def tutorial_batches(device: torch.device, workers: int):
+    """Train as the tutorial's script does; yields after each batch."""
+    from torch.utils.data import DataLoader
+    from torchvision import transforms
+
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
+    cuda = device.type == "cuda"
+    FloatTensor = torch.cuda.FloatTensor if cuda else torch.FloatTensor
+    LongTensor = torch.cuda.LongTensor if cuda else torch.LongTensor
+    mnist = MNIST(acgan.parse_args([]).data_root)
+    mnist.transform = transforms.Compose(
+        [transforms.Resize(32), transforms.ToTensor(), transforms.Normalize([0.5], [0.5])]
+    )
+    loader = DataLoader(mnist, batch_size=64, shuffle=True, num_workers=workers)
+    adversarial_loss, auxiliary_loss = torch.nn.BCELoss(), torch.nn.CrossEntropyLoss()
+    generator = Generator(folded=False).apply(weights_init_normal).to(device)
+    discriminator = Discriminator().apply(weights_init_normal).to(device)
+    optimizer_G = torch.optim.Adam(generator.parameters(), lr=0.0002, betas=(0.5, 0.999))
+    optimizer_D = torch.optim.Adam(discriminator.parameters(), lr=0.0002, betas=(0.5, 0.999))
+    while True:
+        for imgs, labels in loader:
+            size = imgs.shape[0]
+            valid, fake = FloatTensor(size, 1).fill_(1.0), FloatTensor(size, 1).fill_(0.0)
+            real_imgs, labels = imgs.type(FloatTensor), labels.type(LongTensor)
+            z = FloatTensor(np.random.normal(0, 1, (size, 100)))
+            gen_labels = LongTensor(np.random.randint(0, 10, size))
+            gen_imgs = generator(z, gen_labels)
+
+            optimizer_D.zero_grad()
+            real_pred, real_aux = discriminator(real_imgs)
+            d_real_loss = (adversarial_loss(real_pred, valid) + auxiliary_loss(real_aux, labels)) / 2
+            fake_pred, fake_aux = discriminator(gen_imgs.detach())
+            d_fake_loss = (adversarial_loss(fake_pred, fake) + auxiliary_loss(fake_aux, gen_labels)) / 2
+            d_loss = (d_real_loss + d_fake_loss) / 2
+            pred = np.concatenate([real_aux.data.cpu().numpy(), fake_aux.data.cpu().numpy()], axis=0)
+            gt = np.concatenate([labels.data.cpu().numpy(), gen_labels.data.cpu().numpy()], axis=0)
+            np.mean(np.argmax(pred, axis=1) == gt)
+            d_loss.backward()
+            optimizer_D.step()
+
+            optimizer_G.zero_grad()
+            validity, pred_label = discriminator(gen_imgs)
+            g_loss = 0.5 * (adversarial_loss(validity, valid) + auxiliary_loss(pred_label, gen_labels))
+            g_loss.backward()
+            optimizer_G.step()
+            d_loss.item(), g_loss.item()
+            yield
+
+
+class Rounds:
+    """In the side's process: lets it run when the parent says so, and reports each round's seconds."""
+
+    def __init__(self, device: torch.device, batches: int):
+        self.device, self.batches, self.left, self.start = device, batches, WARM_UP, None
+
+    def after_batch(self) -> None:
+        self.left -= 1
+        if self.left == self.batches and self.start is None and self.dropping:
+            self.wait_for_device()
+            self.dropping, self.start = False, time.perf_counter()
+        if self.left:
+            return
+        self.wait_for_device()
+        seconds = time.perf_counter() - self.start if self.start else None
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        if self.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated() / 2**20
+        print(json.dumps({"seconds": seconds, "memory": memory}), flush=True)
+        if sys.stdin.readline() != "go\n":
+            os._exit(0)  # not a clean-up worth waiting for
+        self.left, self.start, self.dropping = DROPPED + self.batches, None, True
+
+    def wait_for_device(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    dropping = False
+
+
+def run_side(side: str, device: torch.device, batches: int, workers: int, flags: list[str]) -> None:
+    """The life of one side's process."""
+    rounds = Rounds(device, batches)
+    if side == "tutorial":
+        for _ in tutorial_batches(device, workers):
+            rounds.after_batch()
+
+    class TimedRunLog(RunLog):
+        def batch(self, *args) -> None:
+            super().batch(*args)
+            rounds.after_batch()
+
+    acgan.RunLog = TimedRunLog
+    with tempfile.TemporaryDirectory() as out_dir:
+        sys.exit(acgan.main(["--out_dir", out_dir, "--device", device.type, *flags]))
+
+
+class Side:
+    """The parent's handle on one side's process."""
+
+    def __init__(self, name: str, opt):
+        command = [sys.executable, __file__, "--side", name, "--device", opt.device, "--batches", str(opt.batches)]
+        command += ["--workers", str(opt.workers), *opt.flags]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.memory = self.read()["memory"]  # also the end of its warm-up
+
+    def read(self) -> dict:
+        while line := self.process.stdout.readline():
+            if line.startswith("{"):
+                return json.loads(line)
+        raise SystemExit("throughput.py: error: a side ended early; its message stands above")
+
+    def round(self) -> float:
+        """Let it run one round; seconds for its timed batches."""
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        report = self.read()
+        self.memory = report["memory"]
+        return report["seconds"]
+
+    def stop(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def multiply_adds() -> float:
+    """Multiply-adds of one training step of 64 images, as PyTorch counts them in matrix products and convolutions."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    generator, discriminator = Generator(), Discriminator()
+    optimizers = [torch.optim.Adam(network.parameters()) for network in (generator, discriminator)]
+    labels = torch.zeros(64, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        inputs = torch.zeros(64, 1, 32, 32), labels, torch.randn(64, 100), labels
+        acgan.train_step(generator, discriminator, *optimizers, *inputs)
+    return counter.get_total_flops() / 2
+
+
+def matmul_rate(device: torch.device) -> float:
+    """Multiply-adds a second of a float32 matrix product of 2048: the better of torch.mm and a 1x1 convolution."""
+    n = 2048
+    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
+    image, kernel = a.view(1, n, n, 1), b.view(n, n, 1, 1)  # the same product, by the convolution library
+    best = float("inf")
+    for product in (lambda: torch.mm(a, b), lambda: F.conv2d(image, kernel)):
+        for _ in range(6):
+            start = time.perf_counter()
+            product()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - start)
+    return n**3 / best
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each side (default: %(default)s)")
+    parser.add_argument("--batches", type=int, default=60, help="timed batches a round (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=8, help="the tutorial's --n_cpu (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--side", choices=["tutorial", "ours"], help=argparse.SUPPRESS)
+    opt, opt.flags = parser.parse_known_args()  # what is left goes to acgan.py: --compile off, for instance
+    device = torch.device(opt.device)
+    if opt.side:
+        return run_side(opt.side, device, opt.batches, opt.workers, opt.flags)
+
+    sides = {}
+    times, rates = {"tutorial": [], "ours": []}, []
+    try:
+        for name in times:
+            sides[name] = Side(name, opt)
+        for _ in range(opt.rounds):
+            for name, side in sides.items():
+                times[name].append(side.round())
+            rates.append(matmul_rate(device))
+    finally:
+        for side in sides.values():
+            side.stop()
+
+    per_second = {name: [opt.batches / seconds for seconds in values] for name, values in times.items()}
+    ratios = [a / b for a, b in zip(times["tutorial"], times["ours"], strict=True)]
+    step, rate = multiply_adds(), statistics.median(rates)
+    result = {
+        "machine": torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores, {cpu_name()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "flags": opt.flags,
+        "batches_per_second": {name: spread(values) for name, values in per_second.items()},
+        "ratio": spread(ratios),
+        "peak_memory_MiB": {name: side.memory for name, side in sides.items()},
+        "multiply_adds_per_step": step,
+        "matmul_multiply_adds_per_second": rate,
+        "floor_seconds_per_step": step / rate,
+        "share_of_floor": step / rate * statistics.median(per_second["ours"]),
+    }
+    if opt.json:
+        return print(json.dumps(result, indent=2))
+    print(f"{result['machine']}; Python {result['python']}, PyTorch {result['torch']}; flags: {opt.flags or 'default'}")
+    print(f"{opt.rounds} rounds of {opt.batches} batches of 64 images each, in turn\n")
+    print(f"{'':24}{'min':>8}{'median':>8}{'max':>8}   peak memory, MiB")
+    for name in times:
+        row = result["batches_per_second"][name]
+        print(f"{name + ', batches/s':24}{row['min']:8.2f}{row['median']:8.2f}{row['max']:8.2f}"
+              f"   {result['peak_memory_MiB'][name]:.0f}")  # fmt: skip
+    row = result["ratio"]
+    print(f"{'ratio':24}{row['min']:8.2f}{row['median']:8.2f}{row['max']:8.2f}\n")
+    print(f"One step: {step / 1e9:.2f} G multiply-adds; matrix products here: {rate / 1e9:.0f} G a second;")
+    print(f"so at least {step / rate * 1e3:.1f} ms a batch, of which {result['share_of_floor']:.0%} is reached.")
+
+
+def cpu_name() -> str:
+    """The processor's name, as Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
