@@ -251,7 +251,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("data")
     flag(
         group, "--data_root", Path, HERE / "data" / "unpacked",
-        "folder of the unpacked digits, 55 MB; filled by the first run", "DIR", "data/unpacked beside acgan.py",
+        "folder of the unpacked and resized digits, 120 MB; filled by the first run",
+        "DIR", "data/unpacked beside acgan.py",
     )  # fmt: skip
     flag(
         group, "--n_cpu", count, 8,

@@ -6,16 +6,20 @@ import os
 import sys
 import tempfile
 import urllib.request
+import zipfile
 from pathlib import Path
 
+import numpy as np
+import PIL
 import torch
 from torchvision import datasets, transforms
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
-from utils import BadInput, on_terminal
+from utils import BadInput, on_terminal, whole_file
 
 BUNDLED = Path(__file__).resolve().parent / "data" / "mnist"
+KEPT_BYTES = 200 * 2**20  # resized images above this are made anew at each start: 60,000 up to 56 pixels are kept
 
 
 class FileWithLength(urllib.request.FileHandler):
@@ -97,7 +101,7 @@ class MNIST(datasets.MNIST):
         except OSError as error:
             raise BadInput(
                 f"argument --data_root: cannot unpack MNIST into {str(self.root)!r} ({error.strerror or error}); "
-                "name a folder with 70 MB of space that you may write to"
+                "name a folder with 150 MB of space that you may write to"
             ) from error
         finally:
             urllib.request.install_opener(None)  # back to urllib's own
@@ -108,7 +112,10 @@ class MNIST(datasets.MNIST):
 
 
 def load_mnist(data_root: str | Path, img_size: int, train: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read MNIST and resize each image with PIL, as the tutorial's transform does.
+    """Read MNIST, each image resized with PIL, as the tutorial's transform does.
+
+    The resized images are kept beside the unpacked ones, where the next start finds them; a kept file that is
+    damaged, or of another Pillow, is made anew.
 
     Args:
         data_root: where the unpacked files are, or will be.
@@ -122,10 +129,20 @@ def load_mnist(data_root: str | Path, img_size: int, train: bool = True) -> tupl
         BadInput: as MNIST does.
     """
     mnist = MNIST(data_root, train=train)
+    split = "train" if train else "test"
+    kept = Path(mnist.raw_folder).parent / "resized" / f"{split}-{img_size}-pillow{PIL.__version__}.npz"
+    with contextlib.suppress(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        images = torch.from_numpy(np.load(kept)["images"])  # npz: a zip file, whose checksums are verified
+        if images.shape == (len(mnist), 1, img_size, img_size):
+            return images, mnist.targets
+
     resize, to_uint8 = transforms.Resize(img_size), transforms.PILToTensor()
     images = torch.empty(len(mnist), 1, img_size, img_size, dtype=torch.uint8)
     for i, (image, _) in enumerate(tqdm(mnist, desc="Resizing", unit="img", delay=1, disable=not on_terminal())):
         images[i] = to_uint8(resize(image))
+    if images.nbytes <= KEPT_BYTES:
+        with contextlib.suppress(OSError), whole_file(kept) as file:
+            np.savez(file, images=images.numpy())
     return images, mnist.targets
 
 

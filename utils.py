@@ -84,11 +84,12 @@ def check_writable(flag: str, folder: Path) -> None:
 def whole_file(path: Path):
     """Open a binary file that appears under `path` only when the block ends well: never half a file.
 
-    Written beside its place as `.NAME.part`, flushed to the disk, then renamed.
+    Written beside its place as `.NAME.part`, flushed to the disk, then renamed. A missing folder is made.
 
     Raises:
-        OSError: the folder is missing or cannot be written, or the disk is full; `path` keeps what it held.
+        OSError: the folder cannot be written, or the disk is full; `path` keeps what it held.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
         with open(part, "wb") as file:

@@ -30,6 +30,19 @@ def test_cached_images_equal_the_per_image_transform(data_root, img_size):
     assert torch.equal(labels, mnist.targets)
 
 
+def test_kept_images_are_used_and_made_anew_when_damaged(data_root, monkeypatch):
+    images, _ = load_mnist(data_root, 32, train=False)
+    (kept,) = (data_root / "MNIST" / "resized").glob("test-32-*.npz")
+    with monkeypatch.context() as without_pil:
+        without_pil.setattr(dataset.transforms, "Resize", None)  # nothing is resized a second time
+        assert torch.equal(load_mnist(data_root, 32, train=False)[0], images)
+    content = bytearray(kept.read_bytes())
+    content[5_000_000] ^= 1
+    for damaged in (bytes(content), content[:1000], b""):
+        kept.write_bytes(damaged)
+        assert torch.equal(load_mnist(data_root, 32, train=False)[0], images)
+
+
 def test_every_byte_value_is_normalised_as_the_tutorial_does():
     values = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
     expected = tutorials_transform(16)(transforms.ToPILImage()(values))
