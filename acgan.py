@@ -16,14 +16,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from checkpoint import (
+    CONTINUED,
+    MATHEMATICS,
+    NEWEST,
+    Checkpoints,
+    check_nothing_unfinished,
+    check_shapes,
+    describe_last,
+    read_checkpoint,
+)
 from dataset import MNIST, ShuffledBatches, load_mnist
 from models import Discriminator, Generator, weights_init_normal
-from runlog import Diverged, RunLog, check_out_dir
+from runlog import RunLog, earlier_log_dir, same_folder
 from speed import accelerate, tune_process
 from utils import (
     BadInput,
+    Diverged,
     StopRequest,
     announce,
+    check_writable,
     choose_device,
     draw_seed,
     on_terminal,
@@ -119,36 +131,50 @@ def sample_image(generator, n_classes: int, latent_dim: int, device) -> torch.Te
     return generator(z, labels)
 
 
-def train(opt: argparse.Namespace, device: torch.device, images: torch.Tensor, labels: torch.Tensor) -> int:
+def train(
+    opt: argparse.Namespace,
+    device: torch.device,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    checkpoint: dict | None = None,
+) -> int:
     """Run the whole training in the tutorial's order of events, which fixes the random stream.
 
     Args:
         opt: the options of parse_args.
         device: where to train.
         images, labels: the training set, uint8 (N, C, H, W) and int64 (N,).
+        checkpoint: of read_checkpoint, to go on from; `opt` must have its options.
 
     Returns:
         The exit status: 0, or 128 + the number of the signal that stopped the run.
 
     Raises:
         Diverged: a loss is no longer finite.
-        OSError: something could not be written.
+        BadInput: the checkpoint does not fit, or leaves nothing to do.
+        OSError: the checkpoint or the weights could not be written at the end.
     """
     seed_everything(opt.seed)
     generator = Generator(opt.n_classes, opt.latent_dim, opt.img_size, opt.channels, opt.upsample == "folded")
     discriminator = Discriminator(opt.n_classes, opt.img_size, opt.channels)
     batches = ShuffledBatches(images, labels, opt.batch_size, device)
     max_steps = min(opt.max_steps or math.inf, opt.n_epochs * len(batches))
+    steps = checkpoint["steps"] if checkpoint else 0  # batches done
+    if checkpoint:
+        check_shapes(checkpoint, generator=generator, discriminator=discriminator)
+    if steps >= max_steps:
+        raise BadInput(f"argument --resume: the run has come to its end, {steps} batches; raise --n_epochs to go on")
 
     settings = {"options": options_as_data(opt), "seed": opt.seed, "device": str(device)}
     with (
         StopRequest() as stop,
-        RunLog(opt.out_dir, settings, len(batches), opt.n_epochs, max_steps, opt.log_interval) as log,
+        RunLog(opt.out_dir, settings, len(batches), opt.n_epochs, max_steps, opt.log_interval, checkpoint) as log,
     ):
-        label = torch.randint(opt.n_classes, (1,))  # the tutorial's examples for the graphs, in its order
-        z = torch.randn(1, opt.latent_dim)
-        img = torch.randn(1, opt.channels, opt.img_size, opt.img_size)
-        log.graphs(generator, discriminator, z, label, img)
+        if not checkpoint:
+            label = torch.randint(opt.n_classes, (1,))  # the tutorial's examples for the graphs, in its order
+            z = torch.randn(1, opt.latent_dim)
+            img = torch.randn(1, opt.channels, opt.img_size, opt.img_size)
+            log.graphs(generator, discriminator, z, label, img)
 
         generator.apply(weights_init_normal).to(device)
         discriminator.apply(weights_init_normal).to(device)
@@ -157,36 +183,62 @@ def train(opt: argparse.Namespace, device: torch.device, images: torch.Tensor, l
         optimizer_G = torch.optim.Adam(generator.parameters(), **adam)
         optimizer_D = torch.optim.Adam(discriminator.parameters(), **adam)
 
+        checkpoints = Checkpoints(
+            opt.out_dir, opt.checkpoint_interval, options_as_data(opt), device,
+            generator=generator, discriminator=discriminator, optimizer_G=optimizer_G, optimizer_D=optimizer_D,
+            batches=batches, log=log,
+        )  # fmt: skip
+        if checkpoint:
+            checkpoints.restore(checkpoint)
+
         def train_batch(generator, discriminator, indices):
             real_imgs, real_labels = batches.gather(indices)
             z = draw_noise(len(indices), opt.latent_dim, device)
             gen_labels = draw_labels(len(indices), opt.n_classes, device)
             return train_step(generator, discriminator, optimizer_G, optimizer_D, real_imgs, real_labels, z, gen_labels)
 
-        train_batch = accelerate(train_batch, generator, discriminator, opt.batch_size, max_steps, opt.compile, opt.amp)
+        train_batch = accelerate(
+            train_batch, generator, discriminator, opt.batch_size, max_steps - steps, opt.compile, opt.amp
+        )
 
-        for epoch in range(opt.n_epochs):
-            for i, indices in enumerate(log.epoch(epoch, batches)):
+        for epoch in range(steps // len(batches), opt.n_epochs):
+            for indices in log.epoch(epoch, batches):
                 metrics = train_batch(indices)
 
-                batches_done = epoch * len(batches) + i
+                batches_done = steps  # the tutorial counts from 0
+                steps += 1
                 if batches_done % opt.sample_interval == 0:
                     grid = sample_image(generator, opt.n_classes, opt.latent_dim, device)
                     log.sample_grid(grid, opt.n_classes, batches_done)
                 log.batch(batches_done, metrics, len(indices))
-                if stop.requested or batches_done + 1 == max_steps:
+                if steps % len(batches) == 0:
+                    log.end_epoch(batches_done, batches.gather(indices)[0], metrics, len(indices))
+                if stop.requested or steps == max_steps:
                     break
-            if stop.requested:
+                checkpoints.save_if_due(steps)
+            if stop.requested or steps == max_steps:
                 break
-            log.end_epoch(batches_done, batches.gather(indices)[0], metrics, len(indices))
-            if batches_done + 1 == max_steps:
-                break
-        log.save_weights(generator, discriminator)
 
-    what = f"Stopped by a signal after batch {batches_done}" if stop.requested else "Done"
-    if stop.requested or on_terminal():
-        announce(f"{what}: acgan_gen.pth and acgan_dist.pth are in {opt.out_dir.resolve()}")
-    return stop.exit_status
+        finish(checkpoints, log, generator, discriminator, steps, finished=steps == max_steps)
+        if steps == max_steps and steps % len(batches):  # a quick look ends within an epoch
+            log.end_epoch(batches_done, batches.gather(indices)[0], metrics, len(indices))
+
+    if steps < max_steps:
+        announce(f"Stopped by a signal after batch {batches_done}; --resume goes on from {opt.out_dir / NEWEST}")
+        return stop.exit_status
+    if on_terminal():
+        announce(f"Done: acgan_gen.pth and acgan_dist.pth are in {opt.out_dir.resolve()}")
+    return 0
+
+
+def finish(checkpoints, log, generator, discriminator, steps: int, finished: bool) -> None:
+    """Write the checkpoint and the weights of the run's last batch; each is tried even if the other fails."""
+    try:
+        checkpoints.save(steps, finished)
+    except OSError:
+        log.save_weights(generator, discriminator)
+        raise
+    log.save_weights(generator, discriminator)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -216,8 +268,14 @@ def number(kind: type, wanted: str, accept):
     return parse
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; bad flags end the program with one line and exit status 2."""
+def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argparse.Namespace:
+    """Read the command line; bad flags end the program with one line and exit status 2.
+
+    Args:
+        argv: the words after the script's name; None for the program's own.
+        saved: the options of a checkpoint to resume. They stand in for flags that are not given; a given flag
+            that would change the mathematics is an error.
+    """
     count = number(int, "a whole number from 1 to 2147483647", lambda value: 1 <= value < 2**31)
     side = number(
         int, "a multiple of 4 and at least 16, such as 28 or 32", lambda value: value >= 16 and value % 4 == 0
@@ -287,8 +345,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         group, "--out_dir", Path, Path(),
         "folder for images/, logs/, weights, metrics.jsonl and config.json", "DIR", "the current folder",
     )  # fmt: skip
+    flag(
+        group, "--checkpoint_interval", count, None, "batches between checkpoints",
+        shown=f"one every {Checkpoints.SECONDS} seconds",
+    )  # fmt: skip
+    group.add_argument(
+        "--resume", nargs="?", type=Path, const=Path(), metavar="PATH",
+        help="go on from a checkpoint, given by its file or folder (PATH's default: --out_dir); its flags hold "
+        "unless given anew, which those that change the mathematics may not (default: start anew)",
+    )  # fmt: skip
     flag(group, "--sample_interval", count, 400, "batches between sample grids")
     flag(group, "--log_interval", count, 50, "batches between points of the per-batch curves and of metrics.jsonl")
+    argv = sys.argv[1:] if argv is None else argv
+    if saved is not None:
+        given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(MATHEMATICS)))
+        differing = [
+            f"--{name} {saved[name]}, not {getattr(given, name)}"
+            for name in MATHEMATICS
+            if getattr(given, name) not in (None, saved[name])
+        ]
+        if differing:
+            parser.error(f"argument --resume: the checkpoint has {'; '.join(differing)}: drop these flags to go on")
+        argv = [f"--{name}={saved[name]}" for name in MATHEMATICS + CONTINUED] + argv
     opt = parser.parse_args(argv)
 
     if opt.n_classes != len(MNIST.classes):
@@ -309,21 +387,28 @@ def main(argv: list[str] | None = None) -> int:
     """The command line: returns 0 when done, 1 if training diverged, 2 for bad input, 128 + N for signal N."""
     opt = parse_args(argv)
     try:
+        checkpoint = None
+        if opt.resume is not None:
+            checkpoint = read_checkpoint(opt.out_dir if opt.resume == Path() else opt.resume)
+            opt = parse_args(argv, checkpoint["options"])
         device, why = choose_device(opt.device)
         tune_process(device)
-        check_out_dir(opt.out_dir)
+        check_writable("--out_dir", opt.out_dir)
+        earlier_log_dir(opt.out_dir)  # raises where the folder is somebody else's
+        if not checkpoint or not same_folder(checkpoint["folder"], opt.out_dir):
+            check_nothing_unfinished(opt.out_dir)
         if why:
             announce(why)
         if opt.seed is None:
             opt.seed = draw_seed()
             announce(f"Seed: {opt.seed}; --seed {opt.seed} repeats this run.")
         images, labels = load_mnist(opt.data_root, opt.img_size)
-        return train(opt, device, images, labels)
+        return train(opt, device, images, labels, checkpoint)
     except BadInput as error:
         announce(f"acgan.py: error: {error}")
         return 2
     except Diverged as error:
-        announce(f"acgan.py: error: {error}")
+        announce(f"acgan.py: error: {error}; {describe_last(opt.out_dir)}")
         return 1
     except KeyboardInterrupt:
         announce("Stopped.")

@@ -168,18 +168,32 @@ class ShuffledBatches:
         self.images = images.to(device)
         self.labels = labels.to(device)
         self.batch_size = batch_size
+        self.sampler_seed = 0
+        self.position = 0  # batches of the current epoch that were handed out; 0 between epochs
 
     def __len__(self) -> int:
         """Batches an epoch."""
         return -(-len(self.labels) // self.batch_size)
 
     def __iter__(self):
-        """One epoch: yield the indices of each batch, int64 (B,), on the device."""
-        torch.empty((), dtype=torch.int64).random_()  # the loader's base seed
-        sampler_seed = int(torch.empty((), dtype=torch.int64).random_())
-        generator = torch.Generator().manual_seed(sampler_seed)
+        """One epoch, or the rest of a restored one: yield the indices of each batch, int64 (B,), on the device."""
+        if self.position == 0:
+            torch.empty((), dtype=torch.int64).random_()  # the loader's base seed
+            self.sampler_seed = int(torch.empty((), dtype=torch.int64).random_())
+        generator = torch.Generator().manual_seed(self.sampler_seed)
         order = torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
-        yield from order.split(self.batch_size)
+        for indices in order.split(self.batch_size)[self.position :]:
+            self.position += 1
+            yield indices
+        self.position = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch's permutation, by its seed, and the position in it."""
+        return {"sampler_seed": self.sampler_seed, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where state_dict() was taken; the end of an epoch is the start of the next."""
+        self.sampler_seed, self.position = state["sampler_seed"], state["position"] % len(self)
 
     def gather(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch of these indices: float32 (B, C, H, W) in [-1, 1], and labels, int64 (B,)."""

@@ -4,12 +4,11 @@ Odena, Olah, Shlens: "Conditional Image Synthesis with Auxiliary Classifier GANs
 Layers, sizes and parameter names are those of the tutorial (GAN Step By Step, Step 5).
 """
 
-import pickle
-import zipfile
-
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from utils import load_data
 
 
 class UpsampleConv2d(nn.Conv2d):
@@ -204,10 +203,9 @@ def load_network(path, device="cpu") -> Generator | Discriminator:
         ValueError: the file is damaged, or is no weight file of this project.
     """
     try:
-        packed = torch.load(path, map_location=device, weights_only=True)
+        packed = load_data(path)
         network = {"Generator": Generator, "Discriminator": Discriminator}[packed["network"]](**packed["config"])
         network.load_state_dict(packed["state_dict"])
-    except (RuntimeError, ValueError, KeyError, TypeError, IndexError, EOFError, AttributeError,
-            pickle.UnpicklingError, zipfile.BadZipFile) as error:  # fmt: skip
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged, or is not a weight file that acgan.py wrote") from error
     return network.to(device)

@@ -1,10 +1,14 @@
 """What a run shows and records: progress bars, sample grids, TensorBoard, metrics.jsonl, config.json, weights."""
 
+import contextlib
 import io
 import json
+import math
 import os
 import platform
+import shutil
 import sys
+import threading
 import time
 import warnings
 from datetime import datetime
@@ -16,8 +20,9 @@ import torchvision
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
+from checkpoint import NEWEST, PREVIOUS
 from models import pack_network
-from utils import BadInput, announce, check_writable, on_terminal, whole_file
+from utils import BadInput, Diverged, announce, on_terminal, whole_file
 
 # TensorBoard's name for each per-batch curve; the keys are those of metrics.jsonl.
 CURVES = {
@@ -33,10 +38,6 @@ CURVES = {
     "d_acc_real": "accuracy/real",
     "d_acc_fake": "accuracy/fake",
 }
-
-
-class Diverged(Exception):
-    """A loss is no longer a finite number; its line names the step."""
 
 
 class BothNetworks(torch.nn.Module):
@@ -73,6 +74,7 @@ class RunLog:
 
     On a terminal it shows a bar an epoch; piped, it prints one line an epoch on stdout. An earlier run's files
     are first moved into that run's own folder below `logs/`, so that neither curves nor weights get mixed.
+    A grid, row or curve that cannot be written is warned of, and does not end the run.
 
     Args:
         out_dir: the run's folder; made if missing.
@@ -81,35 +83,54 @@ class RunLog:
         n_epochs: epochs asked for.
         max_steps: batches after which the run stops.
         log_interval: batches between rows of metrics.jsonl and points of the per-batch curves.
+        checkpoint: of read_checkpoint, to go on with its run's record, cut back to where the checkpoint was taken.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
+        BadInput: the checkpoint names files that are none of a run's.
     """
 
     LOOK_INTERVAL = 0.3  # seconds between two looks at the figures for the bar
 
     def __init__(self, out_dir: Path, settings: dict, steps_per_epoch: int, n_epochs: int, max_steps: int,
-                 log_interval: int):  # fmt: skip
+                 log_interval: int, checkpoint: dict | None = None):  # fmt: skip
         self.out_dir = out_dir
         self.steps_per_epoch = steps_per_epoch
         self.n_epochs = n_epochs
         self.max_steps = max_steps
         self.log_interval = log_interval
         self.bar = None
-        self.next_step = 0
+        self.warned = set()
 
-        set_aside_earlier_run(out_dir)
+        if checkpoint is None or not same_folder(checkpoint["folder"], out_dir):
+            set_aside_earlier_run(out_dir)
         self.images = out_dir / "images"
         self.images.mkdir(parents=True, exist_ok=True)
-        log_dir = new_log_dir(out_dir / "logs")
-        config = settings | {"log_dir": log_dir.relative_to(out_dir).as_posix(), "versions": versions()}
+        if checkpoint is None:
+            self.first_step, self.earlier_seconds, self.pending = 0, 0.0, b""
+            self.log_dir = new_log_dir(out_dir / "logs")
+        else:
+            state = checkpoint["parts"]["log"]
+            bring_back_records(checkpoint["folder"], out_dir, state["log_dir"], state["sizes"])
+            self.first_step, self.earlier_seconds = checkpoint["steps"], state["seconds"]
+            self.pending = state["pending"].encode()
+            self.log_dir = out_dir / state["log_dir"]
+            settings = settings | {"resumed_after": checkpoint["steps"]}
+        self.next_step = self.first_step
+        config = settings | {"log_dir": self.log_dir.relative_to(out_dir).as_posix(), "versions": versions()}
         with whole_file(out_dir / "config.json") as file:
             file.write((json.dumps(config, indent=2) + "\n").encode())
-        self.rows = open(out_dir / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
+        # unbuffered, so that what a full disk refuses stays in self.pending, and is written once there is room
+        self.rows = open(out_dir / "metrics.jsonl", "wb" if checkpoint is None else "ab", 0)  # noqa: SIM115
 
+        threading.excepthook = quiet_disk_errors  # the event writer's thread; its errors also reach add_scalar
+        self.open_board()
+        self.run_start = time.monotonic()
+
+    def open_board(self) -> None:
         from torch.utils.tensorboard import SummaryWriter  # here, as it costs the start-up of nothing else
 
-        self.board = SummaryWriter(log_dir)
+        self.board = SummaryWriter(self.log_dir)
 
     def __enter__(self):
         return self
@@ -117,23 +138,80 @@ class RunLog:
     def __exit__(self, kind, error, traceback):
         if self.bar is not None:
             self.bar.close()
-        self.rows.close()
-        self.board.close()
+        with self.tolerating("the last records"):
+            self.write_rows()
+            self.rows.close()
+        with self.tolerating("the last curves"):
+            if self.board is not None:
+                self.board.close()
         nan_words = ("between 0 and 1", "device-side assert")  # BCELoss's, on the CPU and on CUDA
         if isinstance(error, RuntimeError) and any(words in str(error) for words in nan_words):
             raise Diverged(f"the loss is no longer finite at batch {self.next_step}") from error
+
+    @contextlib.contextmanager
+    def tolerating(self, what: str):
+        """Inside the block, an OSError becomes a warning: one for each kind of record, until it works again."""
+        try:
+            yield
+            self.warned.discard(what)
+        except OSError as error:
+            if what not in self.warned:
+                announce(f"Warning: cannot write {what} ({error.strerror or error}); training goes on.")
+                self.warned.add(what)
+
+    def to_board(self, method: str, *args) -> None:
+        """Call the TensorBoard writer; one whose file failed is given up until the next epoch opens another."""
+        if self.board is None:
+            return
+        with self.tolerating("the curves in logs/"):
+            try:
+                getattr(self.board, method)(*args)
+            except OSError:
+                self.board = None
+                raise
+
+    def write_rows(self) -> None:
+        while self.pending:
+            self.pending = self.pending[self.rows.write(self.pending) :]
+
+    def state_dict(self) -> dict:
+        """What is on the disk so far: the sizes to cut the files back to, and the seconds that the run took."""
+        self.to_board("flush")
+        with self.tolerating("metrics.jsonl"):
+            self.write_rows()
+            os.fsync(self.rows.fileno())
+        files = [self.out_dir / "metrics.jsonl", *self.log_dir.glob("events.*")]
+        return {
+            "log_dir": self.log_dir.relative_to(self.out_dir).as_posix(),
+            "sizes": {
+                path.relative_to(self.out_dir).as_posix(): path.stat().st_size for path in files if path.exists()
+            },
+            "pending": self.pending.decode(),
+            "seconds": self.seconds(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Nothing to do: the constructor went on from the checkpoint's record."""
+
+    def seconds(self) -> float:
+        """How long the run has taken, interruptions left out."""
+        return self.earlier_seconds + time.monotonic() - self.run_start
 
     def graphs(self, generator, discriminator, z, labels, img) -> None:
         """Write the graphs of both networks, each traced on one example, as one: TensorBoard keeps one a run."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what the tracer warns of is no concern of this run
-            self.board.add_graph(BothNetworks(generator, discriminator), (z, labels, img))
+            self.to_board("add_graph", BothNetworks(generator, discriminator), (z, labels, img))
 
     def epoch(self, epoch: int, batches):
         """Yield from `batches`, with the bar of this epoch (counted from 0) around them on a terminal."""
+        if self.board is None:
+            with self.tolerating("the curves in logs/"):
+                self.open_board()
         left = self.max_steps - epoch * self.steps_per_epoch
         self.bar = tqdm(
             total=min(self.steps_per_epoch, left),
+            initial=self.next_step - epoch * self.steps_per_epoch,
             desc=f"Epoch {epoch + 1:3d}/{self.n_epochs:3d}",
             unit="batch",
             mininterval=self.LOOK_INTERVAL,
@@ -141,25 +219,29 @@ class RunLog:
             disable=not on_terminal(),
         )
         self.epoch_start = self.next_look = time.monotonic()
-        if epoch == 0:
-            self.run_start = self.epoch_start
+        self.epoch_first_step = self.next_step
         yield from batches
         self.bar.close()
 
     def batch(self, step: int, metrics: dict[str, torch.Tensor], batch_size: int) -> None:
-        """Take note of one finished batch; reads the figures only when the bar or the log needs them."""
+        """Take note of one finished batch; reads the figures only when the bar or the log needs them.
+
+        Raises:
+            Diverged: a loss is not finite. Looked for in every batch on the CPU, else when the figures are read.
+        """
         logged = step % self.log_interval == 0
         seen = not self.bar.disable and time.monotonic() >= self.next_look
-        if logged or seen:
+        if logged or seen or metrics["d_loss"].device.type == "cpu":
             row = read_metrics(metrics, batch_size)
-            if not np.isfinite([row["d_loss"], row["g_loss"]]).all():
+            if not (math.isfinite(row["d_loss"]) and math.isfinite(row["g_loss"])):
                 raise Diverged(f"the loss is no longer finite at batch {step}")
             if logged:
                 record = {"step": step, "epoch": step // self.steps_per_epoch} | {key: row[key] for key in CURVES}
-                self.rows.write(json.dumps(record) + "\n")
-                self.rows.flush()
+                self.pending += (json.dumps(record) + "\n").encode()
+                with self.tolerating("metrics.jsonl"):
+                    self.write_rows()
                 for key, tag in CURVES.items():
-                    self.board.add_scalar(tag, row[key], step)
+                    self.to_board("add_scalar", tag, row[key], step)
             if seen:
                 self._show(step, row)
         self.bar.update(1)
@@ -169,20 +251,20 @@ class RunLog:
         """Write the tutorial's figures of the epoch's last batch: TensorBoard, and the line of a piped run."""
         epoch = step // self.steps_per_epoch
         row = read_metrics(metrics, batch_size)
-        self.board.add_image("real_image", make_grid(real_imgs), epoch + 1)
-        self.board.add_scalar("ACGAN_acc", row["d_acc"], epoch + 1)
-        self.board.add_scalar("dist_loss", row["d_loss"], epoch + 1)
-        self.board.add_scalar("gene_loss", row["g_loss"], epoch + 1)
-        self.board.flush()
+        self.to_board("add_image", "real_image", make_grid(real_imgs), epoch + 1)
+        self.to_board("add_scalar", "ACGAN_acc", row["d_acc"], epoch + 1)
+        self.to_board("add_scalar", "dist_loss", row["d_loss"], epoch + 1)
+        self.to_board("add_scalar", "gene_loss", row["g_loss"], epoch + 1)
+        self.to_board("flush")
         if not self.bar.disable:
             self._show(step, row)
             self.bar.close()
             return
         took = time.monotonic() - self.epoch_start
-        batches = step - epoch * self.steps_per_epoch + 1
         print(
             f"epoch {epoch + 1:3d}/{self.n_epochs}  batches {step + 1}  D loss {row['d_loss']:.4f}  "
-            f"G loss {row['g_loss']:.4f}  ACGAN acc {row['d_acc']:.2%}  {batches / took:.2f} batches/s  "
+            f"G loss {row['g_loss']:.4f}  ACGAN acc {row['d_acc']:.2%}  "
+            f"{(step + 1 - self.epoch_first_step) / took:.2f} batches/s  "
             f"took {clock(took)}  run left {self._run_left(step)}",
             flush=True,
         )
@@ -197,15 +279,16 @@ class RunLog:
 
     def _run_left(self, step: int) -> str:
         done = step + 1
-        total = min(self.max_steps, self.n_epochs * self.steps_per_epoch)
-        return clock((time.monotonic() - self.run_start) / done * (total - done))
+        return clock(self.seconds() / done * (self.max_steps - done))
 
     def sample_grid(self, imgs: torch.Tensor, nrow: int, step: int) -> None:
         """Write a grid of generated images to images/{step}.png and to TensorBoard's fake_image."""
         grid = make_grid(imgs.cpu(), nrow=nrow, normalize=True)
-        with whole_file(self.images / f"{step}.png") as file:
-            save_image(grid, file, format="png")
-        self.board.add_image("fake_image", grid, step)
+        buffer = io.BytesIO()
+        save_image(grid, buffer, format="png")
+        with self.tolerating("sample grids"), whole_file(self.images / f"{step}.png") as file:
+            file.write(buffer.getbuffer())
+        self.to_board("add_image", "fake_image", grid, step)
 
     def save_weights(self, generator, discriminator) -> None:
         """Write acgan_gen.pth and acgan_dist.pth: tensors and sizes only; `models.load_network` reads them."""
@@ -216,10 +299,46 @@ class RunLog:
                 file.write(buffer.getbuffer())
 
 
-def check_out_dir(out_dir: Path) -> None:
-    """Raise BadInput unless a run can write into `out_dir`. Leaves no trace."""
-    check_writable("--out_dir", out_dir)
-    earlier_log_dir(out_dir)
+def same_folder(a: Path, b: Path) -> bool:
+    """True if both name one existing folder."""
+    return a.exists() and b.exists() and a.samefile(b)
+
+
+def bring_back_records(source: Path, out_dir: Path, log_dir: str, sizes: dict[str, int]) -> None:
+    """Cut the records of an interrupted run back to `sizes`; copy them first if `out_dir` is not their folder.
+
+    Args:
+        source: the folder of the checkpoint.
+        out_dir: the folder in which the run goes on.
+        log_dir: the run's TensorBoard folder, relative to both.
+        sizes: bytes to keep of each file, by its path relative to both.
+
+    Raises:
+        BadInput: a path does not lie in a run's records.
+    """
+    for name in [log_dir, *sizes]:
+        parts = Path(name).parts
+        if ".." in parts or Path(name).is_absolute() or parts[0] not in ("logs", "metrics.jsonl"):
+            raise BadInput(f"argument --resume: the checkpoint names {name!r}, which is no record of a run")
+    (out_dir / log_dir).mkdir(parents=True, exist_ok=True)
+    for name, size in sizes.items():
+        if not (source / name).exists() or (source / name).stat().st_size < size:
+            announce(f"Warning: {source / name} is missing or was cut: the run's record will have a gap.")
+        if not (source / name).exists():
+            continue
+        if not same_folder(source, out_dir):
+            shutil.copyfile(source / name, out_dir / name)
+        if (out_dir / name).stat().st_size > size:
+            os.truncate(out_dir / name, size)
+    for events in (out_dir / log_dir).glob("events.*"):
+        if events.relative_to(out_dir).as_posix() not in sizes:
+            events.unlink()
+
+
+def quiet_disk_errors(args) -> None:
+    """For threading.excepthook: no traceback for a full disk."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
 
 
 def earlier_log_dir(out_dir: Path) -> Path | None:
@@ -246,7 +365,8 @@ def set_aside_earlier_run(out_dir: Path) -> None:
     (kept / "images").mkdir(parents=True, exist_ok=True)
     for grid in (out_dir / "images").glob("[0-9]*.png"):
         os.replace(grid, kept / "images" / grid.name)
-    for name in ["metrics.jsonl", "acgan_gen.pth", "acgan_dist.pth", "config.json"]:  # config.json last: it marks a run
+    # config.json last: it marks a run
+    for name in ["metrics.jsonl", "acgan_gen.pth", "acgan_dist.pth", NEWEST, PREVIOUS, "config.json"]:
         if (out_dir / name).exists():
             os.replace(out_dir / name, kept / name)
     announce(f"The earlier run's files were moved to {kept}")

@@ -6,6 +6,7 @@ import random
 import signal
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,10 @@ import torch
 
 class BadInput(Exception):
     """Something only the person at the keyboard can mend; its one line says what is wrong and what to do."""
+
+
+class Diverged(Exception):
+    """A number that training stands on is no longer finite; its line names the batch."""
 
 
 def on_terminal() -> bool:
@@ -78,6 +83,24 @@ def check_writable(flag: str, folder: Path) -> None:
         raise BadInput(
             f"argument {flag}: cannot write to {str(folder)!r} ({error.strerror}); name a folder that you may write to"
         ) from error
+
+
+def load_data(path: Path):
+    """Read what torch.save wrote, as data: nothing in the file is run, and its checksums must be right.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged, or holds more than data.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.save writes zip files, but torch.load skips their checksums
+            if archive.testzip() is not None:
+                raise ValueError("a checksum is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # the zip reader and the unpickler meet garbage with a dozen kinds
+        raise ValueError(f"{path} is damaged, or does not hold plain data") from error
 
 
 @contextlib.contextmanager

@@ -54,6 +54,43 @@ def run(start):
     return run
 
 
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    """Two run folders hold the same run to the last bit: rows, weights, optimisers, random states."""
+    import torch
+
+    from checkpoint import read_checkpoint
+
+    assert (ours / "metrics.jsonl").read_bytes() == (theirs / "metrics.jsonl").read_bytes()
+    for name in ("acgan_gen.pth", "acgan_dist.pth"):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+
+    def leaves(value, path=""):
+        if isinstance(value, dict):
+            for key in value:
+                yield from leaves(value[key], f"{path}.{key}")
+        elif isinstance(value, list | tuple):
+            for i, part in enumerate(value):
+                yield from leaves(part, f"{path}.{i}")
+        else:
+            yield path, value
+
+    one, other = (read_checkpoint(folder) for folder in (ours, theirs))
+    for packed in (one, other):
+        del packed["parts"]["log"], packed["options"], packed["folder"]  # paths and seconds
+    ours, theirs = dict(leaves(one)), dict(leaves(other))
+    assert ours.keys() == theirs.keys() and len(ours) > 100
+    for path, value in ours.items():
+        same = torch.equal(value, theirs[path]) if isinstance(value, torch.Tensor) else value == theirs[path]
+        assert same, path
+
+
+def read_board(out_dir: Path):
+    """TensorBoard's view of the log folder of the run in `out_dir`."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(out_dir / json.loads((out_dir / "config.json").read_text())["log_dir"])).Reload()
+
+
 def read_rows(out_dir: Path) -> list[dict]:
     """The rows of a run's metrics.jsonl."""
     return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]

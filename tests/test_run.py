@@ -9,19 +9,13 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import read_rows
+from conftest import read_board, read_rows
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.utils import make_grid
 
 from models import load_network
 from runlog import CURVES
-
-
-def read_board(out_dir):
-    """TensorBoard's view of the run's own log folder."""
-    board = EventAccumulator(str(out_dir / json.loads((out_dir / "config.json").read_text())["log_dir"]))
-    return board.Reload()
 
 
 @pytest.fixture(scope="module")
@@ -131,10 +125,12 @@ def test_signal_in_mid_run_stops_soon_with_all_files_whole(start, tmp_path, numb
     process.send_signal(number)
     out, err = process.communicate(timeout=5)
     assert process.returncode == 128 + number
-    assert out == "" and re.fullmatch(r"Stopped by a signal after batch \d+: .*acgan_gen.pth.*\n", err)
+    assert out == "" and re.fullmatch(
+        r"Stopped by a signal after batch \d+; --resume goes on from .*checkpoint.pt\n", err
+    )
     rows = read_rows(tmp_path)
     steps = [row["step"] for row in rows]
-    assert steps == list(range(len(rows))) and f"after batch {steps[-1]}:" in err
+    assert steps == list(range(len(rows))) and f"after batch {steps[-1]};" in err
     for step in steps:
         Image.open(tmp_path / "images" / f"{step}.png").load()
     load_network(tmp_path / "acgan_gen.pth")
@@ -144,7 +140,7 @@ def test_signal_in_mid_run_stops_soon_with_all_files_whole(start, tmp_path, numb
 def test_divergence_is_named_and_keeps_no_weights(run, tmp_path):
     result = run("--seed", 0, "--batch_size", 8, "--lr", 1e30, "--max_steps", 3, "--out_dir", tmp_path)
     assert result.returncode == 1
-    assert result.stderr == "acgan.py: error: the loss is no longer finite at batch 0\n"
+    assert result.stderr == "acgan.py: error: the loss is no longer finite at batch 0; there is no checkpoint yet\n"
     assert not (tmp_path / "acgan_gen.pth").exists()
 
 
