@@ -52,7 +52,7 @@ class Checkpoints:
         except OSError as error:
             announce(
                 f"Warning: no checkpoint after batch {steps - 1} ({error.strerror or error}): "
-                "the earlier one is kept, and training goes on."
+                "training goes on, and an earlier one is kept."
             )
         self.last_time = time.monotonic()
 
