@@ -7,8 +7,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import acgan  # noqa: E402 (needs the path above)
 
-if __name__ == "__main__":
-    n, flags = int(sys.argv[1]), sys.argv[2:]
+
+def first(n: int):
+    """A stand-in for load_mnist that returns the first `n` digits."""
     load_mnist = acgan.load_mnist
-    acgan.load_mnist = lambda *args: tuple(tensor[:n] for tensor in load_mnist(*args))
-    sys.exit(acgan.main(flags))
+    return lambda *args: tuple(tensor[:n] for tensor in load_mnist(*args))
+
+
+if __name__ == "__main__":
+    acgan.load_mnist = first(int(sys.argv[1]))
+    sys.exit(acgan.main(sys.argv[2:]))

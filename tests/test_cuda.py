@@ -1,0 +1,71 @@
+"""On an NVIDIA GPU only: the captured batch trains as the plain one does, and whole runs work there."""
+
+import copy
+import math
+
+import few_digits
+import pytest
+import torch
+from conftest import read_rows
+
+import acgan
+import speed
+from checkpoint import read_checkpoint
+from dataset import ShuffledBatches, load_mnist
+from models import Discriminator, Generator, weights_init_normal
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+def test_captured_batches_train_as_plain_ones(data_root):
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    images, labels = load_mnist(data_root, 32)
+    batches = ShuffledBatches(images[:600], labels[:600], 64, device)  # ten batches an epoch, the last of 24
+    start = Generator().apply(weights_init_normal).to(device), Discriminator().apply(weights_init_normal).to(device)
+    for layer in start[1].modules():
+        if isinstance(layer, torch.nn.Dropout2d):
+            layer.p = 0.0  # the only draw within a step
+    z, gen_labels = torch.randn(600, 100, device=device), torch.randint(10, (600,), device=device)
+    indices = [part for _ in range(6) for part in batches]
+    losses = {}
+    for how in ("plain", "captured"):
+        generator, discriminator = copy.deepcopy(start)
+        adam = dict(lr=0.0002, betas=(0.5, 0.999), fused=True, capturable=True)
+        optimizers = [torch.optim.Adam(network.parameters(), **adam) for network in (generator, discriminator)]
+
+        def train_batch(generator, discriminator, picked, optimizers=optimizers):
+            inputs = *batches.gather(picked), z[picked], gen_labels[picked]
+            return acgan.train_step(generator, discriminator, *optimizers, *inputs)
+
+        call = speed.accelerate(train_batch, generator, discriminator, 64, 60, "off", "off")
+        if how == "plain":
+            call = call.call
+        losses[how] = [[metrics["d_loss"].item(), metrics["g_loss"].item()] for metrics in map(call, indices)]
+    assert set(call.graphs) == {64, 24} and call.works
+    torch.testing.assert_close(torch.tensor(losses["captured"]), torch.tensor(losses["plain"]), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("flags", [[], ["--amp", "bf16"], ["--compile", "on"]])
+def test_run_and_resume_on_the_gpu(flags, data_root, tmp_path, monkeypatch):
+    monkeypatch.setattr(acgan, "load_mnist", few_digits.first(150))
+    words = [
+        "--data_root",
+        data_root,
+        "--device",
+        "cuda",
+        "--seed",
+        0,
+        "--log_interval",
+        1,
+        "--out_dir",
+        tmp_path,
+        *flags,
+    ]
+    assert acgan.main([str(word) for word in [*words, "--max_steps", 20]]) == 0
+    assert acgan.main([str(word) for word in [*words, "--max_steps", 40, "--resume"]]) == 0
+    rows = read_rows(tmp_path)
+    assert [row["step"] for row in rows] == list(range(40))
+    assert all(math.isfinite(row["d_loss"]) for row in rows)
+    assert read_checkpoint(tmp_path)["steps"] == 40
+    assert (tmp_path / "images" / "0.png").exists()
