@@ -184,9 +184,9 @@ def train(
         optimizer_D = torch.optim.Adam(discriminator.parameters(), **adam)
 
         checkpoints = Checkpoints(
-            opt.out_dir, opt.checkpoint_interval, options_as_data(opt), device,
+            opt.out_dir, opt.checkpoint_interval, options_as_data(opt), device, log,
             generator=generator, discriminator=discriminator, optimizer_G=optimizer_G, optimizer_D=optimizer_D,
-            batches=batches, log=log,
+            batches=batches,
         )  # fmt: skip
         if checkpoint:
             checkpoints.restore(checkpoint)

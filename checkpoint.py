@@ -28,16 +28,18 @@ class Checkpoints:
         interval: batches between checkpoints; None for one every `SECONDS`.
         options: the run's options, as plain data.
         device: where the run trains; its random state is kept too.
-        parts: what has a state, by name: objects with state_dict() and load_state_dict().
+        log: the RunLog, whose state says how much of the record belongs to a checkpoint.
+        parts: what else has a state, by name: objects with state_dict() and load_state_dict().
     """
 
     SECONDS = 120
 
-    def __init__(self, out_dir: Path, interval: int | None, options: dict, device: torch.device, **parts):
+    def __init__(self, out_dir: Path, interval: int | None, options: dict, device: torch.device, log, **parts):
         self.out_dir = out_dir
         self.interval = interval
         self.options = options
         self.device = device
+        self.log = log
         self.parts = parts
         self.last_time = time.monotonic()
 
@@ -73,6 +75,7 @@ class Checkpoints:
             "finished": finished,
             "options": self.options,
             "random": random_state(self.device),
+            "log": self.log.state_dict(),
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
         }
         if not all_finite(packed["parts"]):
@@ -126,7 +129,7 @@ def read_checkpoint(path: Path) -> dict:
             packed = load_data(candidate)
             if packed["format"] != FORMAT or not set(MATHEMATICS + CONTINUED) <= packed["options"].keys():
                 continue
-            packed = {key: packed[key] for key in ("steps", "finished", "options", "random", "parts")}
+            packed = {key: packed[key] for key in ("steps", "finished", "options", "random", "log", "parts")}
         except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
             continue
         packed["folder"] = path.parent

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from checkpoint import NEWEST, PREVIOUS
 from models import pack_network
-from utils import BadInput, Diverged, announce, on_terminal, whole_file
+from utils import BadInput, Diverged, announce, on_terminal, print_line, whole_file
 
 # TensorBoard's name for each per-batch curve; the keys are those of metrics.jsonl.
 CURVES = {
@@ -110,7 +110,7 @@ class RunLog:
             self.first_step, self.earlier_seconds, self.pending = 0, 0.0, b""
             self.log_dir = new_log_dir(out_dir / "logs")
         else:
-            state = checkpoint["parts"]["log"]
+            state = checkpoint["log"]
             bring_back_records(checkpoint["folder"], out_dir, state["log_dir"], state["sizes"])
             self.first_step, self.earlier_seconds = checkpoint["steps"], state["seconds"]
             self.pending = state["pending"].encode()
@@ -190,9 +190,6 @@ class RunLog:
             "seconds": self.seconds(),
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        """Nothing to do: the constructor went on from the checkpoint's record."""
-
     def seconds(self) -> float:
         """How long the run has taken, interruptions left out."""
         return self.earlier_seconds + time.monotonic() - self.run_start
@@ -261,12 +258,11 @@ class RunLog:
             self.bar.close()
             return
         took = time.monotonic() - self.epoch_start
-        print(
+        print_line(
             f"epoch {epoch + 1:3d}/{self.n_epochs}  batches {step + 1}  D loss {row['d_loss']:.4f}  "
             f"G loss {row['g_loss']:.4f}  ACGAN acc {row['d_acc']:.2%}  "
             f"{(step + 1 - self.epoch_first_step) / took:.2f} batches/s  "
-            f"took {clock(took)}  run left {self._run_left(step)}",
-            flush=True,
+            f"took {clock(took)}  run left {self._run_left(step)}"
         )
 
     def _show(self, step: int, row: dict[str, float]) -> None:

@@ -28,7 +28,17 @@ def on_terminal() -> bool:
 
 def announce(line: str) -> None:
     """Tell the person one thing, on stderr, so that stdout keeps to its one line an epoch."""
-    print(line, file=sys.stderr, flush=True)
+    print_line(line, sys.stderr)
+
+
+def print_line(line: str, stream=None) -> None:
+    """Print to stdout, or to `stream`, at once. A reader that has gone away, as `| head` does, ends no training."""
+    stream = sys.stdout if stream is None else stream
+    try:
+        print(line, file=stream, flush=True)
+    except BrokenPipeError:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def out_of_memory(error: BaseException) -> bool:

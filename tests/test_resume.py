@@ -173,7 +173,7 @@ def test_checkpoint_cannot_reach_files_outside_the_run(copy, capsys):
     victim = copy.parent / "victim"
     victim.write_text("keep me")
     packed = torch.load(copy / NEWEST, weights_only=True)
-    packed["parts"]["log"]["sizes"]["../victim"] = 0
+    packed["log"]["sizes"]["../victim"] = 0
     torch.save(packed, copy / NEWEST)
     assert "is no record of a run" in fails(copy, ["--resume"], capsys)
     assert victim.read_text() == "keep me"

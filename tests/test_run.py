@@ -144,6 +144,15 @@ def test_divergence_is_named_and_keeps_no_weights(run, tmp_path):
     assert not (tmp_path / "acgan_gen.pth").exists()
 
 
+def test_reader_that_goes_away_ends_no_training(start, tmp_path):
+    process = start(
+        "--seed", 0, "--batch_size", 24, "--img_size", 16, "--max_steps", 7, "--out_dir", tmp_path, digits=60
+    )
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(60) == 0
+    load_network(tmp_path / "acgan_gen.pth")
+
+
 def test_memory_that_does_not_suffice_is_one_line(run, tmp_path):
     result = run("--seed", 0, "--latent_dim", 2**31 - 1, "--max_steps", 1, "--out_dir", tmp_path / "run")
     assert result.returncode == 2
