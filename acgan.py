@@ -10,8 +10,13 @@ Paper: Odena, Olah, Shlens, "Conditional Image Synthesis with Auxiliary Classifi
 import argparse
 import difflib
 import math
+import os
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below: no traceback
 
 import numpy as np
 import torch
@@ -22,25 +27,27 @@ from checkpoint import (
     NEWEST,
     Checkpoints,
     check_nothing_unfinished,
-    check_shapes,
     describe_last,
     read_checkpoint,
+    restore,
 )
 from dataset import MNIST, ShuffledBatches, load_mnist
 from models import Discriminator, Generator, weights_init_normal
-from runlog import RunLog, earlier_log_dir, same_folder
+from runlog import RunLog, check_out_dir, check_records, earlier_log_dir, same_folder
 from speed import accelerate, tune_process
 from utils import (
     BadInput,
     Diverged,
+    Stopped,
     StopRequest,
     announce,
-    check_writable,
     choose_device,
     draw_seed,
     on_terminal,
     out_of_memory,
+    raise_stopped,
     seed_everything,
+    stop_signals,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -151,45 +158,48 @@ def train(
 
     Raises:
         Diverged: a loss is no longer finite.
-        BadInput: the checkpoint does not fit, or leaves nothing to do.
+        BadInput: the checkpoint does not fit or leaves nothing to do, or another run writes to the folder.
         OSError: the checkpoint or the weights could not be written at the end.
     """
     seed_everything(opt.seed)
     generator = Generator(opt.n_classes, opt.latent_dim, opt.img_size, opt.channels, opt.upsample == "folded")
     discriminator = Discriminator(opt.n_classes, opt.img_size, opt.channels)
     batches = ShuffledBatches(images, labels, opt.batch_size, device)
+    if opt.img_size == 16 and len(labels) % opt.batch_size == 1:
+        raise BadInput("argument --batch_size: at --img_size 16 the last batch must not be of one image")
     max_steps = min(opt.max_steps or math.inf, opt.n_epochs * len(batches))
     steps = checkpoint["steps"] if checkpoint else 0  # batches done
-    if checkpoint:
-        check_shapes(checkpoint, generator=generator, discriminator=discriminator)
     if steps >= max_steps:
-        raise BadInput(f"argument --resume: the run has come to its end, {steps} batches; raise --n_epochs to go on")
+        flag = "--n_epochs" if max_steps == opt.n_epochs * len(batches) else "--max_steps"
+        raise BadInput(f"argument --resume: the run has come to its end, {steps} batches; raise {flag} to go on")
 
-    settings = {"options": options_as_data(opt), "seed": opt.seed, "device": str(device)}
+    # what the tutorial draws here for the graphs, labels first
+    graph_label, graph_z = torch.randint(opt.n_classes, (1,)), torch.randn(1, opt.latent_dim)
+    graph_img = torch.randn(1, opt.channels, opt.img_size, opt.img_size)
+
+    generator.apply(weights_init_normal).to(device)
+    discriminator.apply(weights_init_normal).to(device)
+    # capturable: the step counts stay on the GPU, as a CUDA graph needs them
+    adam = dict(lr=opt.lr, betas=(opt.b1, opt.b2), fused=True, capturable=device.type == "cuda")
+    optimizer_G = torch.optim.Adam(generator.parameters(), **adam)
+    optimizer_D = torch.optim.Adam(discriminator.parameters(), **adam)
+
+    parts = dict(generator=generator, discriminator=discriminator, optimizer_G=optimizer_G, optimizer_D=optimizer_D,
+                 batches=batches)  # fmt: skip
+    if checkpoint:
+        restore(checkpoint, device, **parts)
+
+    options = options_as_data(opt)
+    settings = {"options": options, "seed": opt.seed, "device": str(device)}
     with (
         StopRequest() as stop,
         RunLog(opt.out_dir, settings, len(batches), opt.n_epochs, max_steps, opt.log_interval, checkpoint) as log,
     ):
+        checkpoints = Checkpoints(opt.out_dir, opt.checkpoint_interval, options, device, log, **parts)
         if not checkpoint:
-            label = torch.randint(opt.n_classes, (1,))  # the tutorial's examples for the graphs, in its order
-            z = torch.randn(1, opt.latent_dim)
-            img = torch.randn(1, opt.channels, opt.img_size, opt.img_size)
-            log.graphs(generator, discriminator, z, label, img)
-
-        generator.apply(weights_init_normal).to(device)
-        discriminator.apply(weights_init_normal).to(device)
-        # capturable: the step counts stay on the GPU, as a CUDA graph needs them
-        adam = dict(lr=opt.lr, betas=(opt.b1, opt.b2), fused=True, capturable=device.type == "cuda")
-        optimizer_G = torch.optim.Adam(generator.parameters(), **adam)
-        optimizer_D = torch.optim.Adam(discriminator.parameters(), **adam)
-
-        checkpoints = Checkpoints(
-            opt.out_dir, opt.checkpoint_interval, options_as_data(opt), device, log,
-            generator=generator, discriminator=discriminator, optimizer_G=optimizer_G, optimizer_D=optimizer_D,
-            batches=batches,
-        )  # fmt: skip
-        if checkpoint:
-            checkpoints.restore(checkpoint)
+            log.graphs(generator, discriminator, graph_z.to(device), graph_label.to(device), graph_img.to(device))
+        elif checkpoint["file"] != opt.out_dir / NEWEST:
+            checkpoints.save(steps, rotate=False)  # the record was cut back to it, so it is the newest now
 
         def train_batch(generator, discriminator, indices):
             real_imgs, real_labels = batches.gather(indices)
@@ -343,16 +353,16 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
     group = parser.add_argument_group("what a run writes")
     flag(
         group, "--out_dir", Path, Path(),
-        "folder for images/, logs/, weights, metrics.jsonl and config.json", "DIR", "the current folder",
+        "folder for images/, logs/, weights, checkpoints, metrics.jsonl and config.json", "DIR", "the current folder",
     )  # fmt: skip
     flag(
         group, "--checkpoint_interval", count, None, "batches between checkpoints",
         shown=f"one every {Checkpoints.SECONDS} seconds",
     )  # fmt: skip
     group.add_argument(
-        "--resume", nargs="?", type=Path, const=Path(), metavar="PATH",
-        help="go on from a checkpoint, given by its file or folder (PATH's default: --out_dir); its flags hold "
-        "unless given anew, which those that change the mathematics may not (default: start anew)",
+        "--resume", nargs="?", const="", metavar="PATH",
+        help="go on from a checkpoint, given by its file or folder (PATH's default: --out_dir), with its flags; "
+        "--n_epochs, --max_steps, intervals, folders, --device and --compile may be given anew (default: start anew)",
     )  # fmt: skip
     flag(group, "--sample_interval", count, 400, "batches between sample grids")
     flag(group, "--log_interval", count, 50, "batches between points of the per-batch curves and of metrics.jsonl")
@@ -366,8 +376,10 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
         ]
         if differing:
             parser.error(f"argument --resume: the checkpoint has {'; '.join(differing)}: drop these flags to go on")
-        argv = [f"--{name}={saved[name]}" for name in MATHEMATICS + CONTINUED] + argv
+        argv = [f"--{name}={saved[name]}" for name in MATHEMATICS + CONTINUED if saved[name] is not None] + argv
     opt = parser.parse_args(argv)
+    if saved is not None and opt.sample_interval != saved["sample_interval"]:
+        announce("Another --sample_interval draws other noise: the run goes on, but not to the last bit.")
 
     if opt.n_classes != len(MNIST.classes):
         parser.error(f"argument --n_classes: MNIST has {len(MNIST.classes)} classes, not {opt.n_classes}")
@@ -384,18 +396,27 @@ def options_as_data(opt: argparse.Namespace) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: returns 0 when done, 1 if training diverged, 2 for bad input, 128 + N for signal N."""
+    """The command line: returns the exit status.
+
+    0 done, 1 training diverged, 2 bad input, too little memory or a disk that failed at the end, 128 + N for signal N.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     opt = parse_args(argv)
+    for number in stop_signals():
+        signal.signal(number, raise_stopped)
     try:
         checkpoint = None
         if opt.resume is not None:
-            checkpoint = read_checkpoint(opt.out_dir if opt.resume == Path() else opt.resume)
+            checkpoint = read_checkpoint(Path(opt.resume) if opt.resume else opt.out_dir)
+            check_records(checkpoint["log"])
             opt = parse_args(argv, checkpoint["options"])
         device, why = choose_device(opt.device)
         tune_process(device)
-        check_writable("--out_dir", opt.out_dir)
-        earlier_log_dir(opt.out_dir)  # raises where the folder is somebody else's
-        if not checkpoint or not same_folder(checkpoint["folder"], opt.out_dir):
+        check_out_dir(opt.out_dir)
+        if not checkpoint or not same_folder(checkpoint["file"].parent, opt.out_dir):
+            earlier_log_dir(opt.out_dir)  # raises where the folder is somebody else's
             check_nothing_unfinished(opt.out_dir)
         if why:
             announce(why)
@@ -410,9 +431,9 @@ def main(argv: list[str] | None = None) -> int:
     except Diverged as error:
         announce(f"acgan.py: error: {error}; {describe_last(opt.out_dir)}")
         return 1
-    except KeyboardInterrupt:
-        announce("Stopped.")
-        return 130
+    except Stopped as stopped:
+        announce("Stopped at once: what was done since the last checkpoint is lost.")
+        return stopped.exit_status
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise

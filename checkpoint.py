@@ -17,7 +17,8 @@ FORMAT = "acgan checkpoint 1"
 MATHEMATICS = ("seed", "batch_size", "lr", "b1", "b2", "latent_dim", "n_classes", "img_size", "channels", "upsample",
                "amp")  # fmt: skip
 # Options that a resumed run takes from the checkpoint unless the command line says otherwise.
-CONTINUED = ("n_epochs", "sample_interval", "log_interval")
+CONTINUED = ("n_epochs", "sample_interval", "log_interval", "checkpoint_interval", "compile")
+PARTS = ("generator", "discriminator", "optimizer_G", "optimizer_D", "batches")
 
 
 class Checkpoints:
@@ -29,7 +30,7 @@ class Checkpoints:
         options: the run's options, as plain data.
         device: where the run trains; its random state is kept too.
         log: the RunLog, whose state says how much of the record belongs to a checkpoint.
-        parts: what else has a state, by name: objects with state_dict() and load_state_dict().
+        parts: what else has a state, under the names of PARTS: objects with state_dict().
     """
 
     SECONDS = 120
@@ -58,12 +59,13 @@ class Checkpoints:
             )
         self.last_time = time.monotonic()
 
-    def save(self, steps: int, finished: bool = False) -> None:
+    def save(self, steps: int, finished: bool = False, rotate: bool = True) -> None:
         """Write a checkpoint; the one before stays as checkpoint.previous.pt.
 
         Args:
             steps: batches done.
             finished: the run came to its end.
+            rotate: False drops the one before instead, as it was damaged, or lies after this one.
 
         Raises:
             Diverged: a number in the state is not finite; nothing is written.
@@ -86,21 +88,36 @@ class Checkpoints:
         with whole_file(written) as file:
             file.write(buffer.getbuffer())
         newest = self.out_dir / NEWEST
-        if newest.exists():
+        if rotate and newest.exists():
             os.replace(newest, self.out_dir / PREVIOUS)
         os.replace(written, newest)
         sync_folder(self.out_dir)
 
-    def restore(self, packed: dict) -> None:
-        """Put all parts and random states back to where `packed` (from read_checkpoint) left them."""
-        for name, part in self.parts.items():
+
+def restore(packed: dict, device: torch.device, **parts) -> None:
+    """Put all parts, and the random states, back to where `packed` (from read_checkpoint) left them.
+
+    Args:
+        packed: the checkpoint.
+        device: where the run goes on.
+        parts: under the names of PARTS, objects with load_state_dict().
+
+    Raises:
+        BadInput: what the checkpoint holds does not fit its own flags.
+    """
+    try:
+        for name, part in parts.items():
             state = packed["parts"][name]
             if isinstance(part, torch.optim.Optimizer):
                 for group, ours in zip(state["param_groups"], part.param_groups, strict=True):
                     group |= {key: ours[key] for key in ("fused", "capturable")}  # they belong to the device
             part.load_state_dict(state)
-        if not restore_random_state(packed["random"], self.device):
-            announce(f"The checkpoint is from another device than {self.device}: from here on it is another run.")
+        exact = restore_random_state(packed["random"], device)
+    except Exception as error:  # the file's checksums were right, so it was made so
+        raise BadInput(f"argument --resume: the checkpoint's {name} does not fit its flags") from error
+    if not exact:
+        announce(f"The checkpoint was made on another device or number of threads than {device} here has: "
+                 "the run goes on, but not to the last bit.")  # fmt: skip
 
 
 def find_checkpoint(folder: Path) -> Path | None:
@@ -108,52 +125,56 @@ def find_checkpoint(folder: Path) -> Path | None:
     return next((folder / name for name in (NEWEST, PREVIOUS) if (folder / name).exists()), None)
 
 
-def read_checkpoint(path: Path) -> dict:
-    """Read a checkpoint as data, never as code; falls back to the previous one, and says so.
+def read_checkpoint(path: Path, quiet: bool = False) -> dict:
+    """Read a checkpoint as data, never as code.
+
+    In place of a checkpoint.pt that is damaged or missing, the previous one is read.
 
     Args:
         path: a checkpoint file, or the folder that holds one.
+        quiet: do not say that the previous one is used.
+
+    Returns:
+        What Checkpoints.save wrote, and under "file" the path that was read.
 
     Raises:
         BadInput: there is none, or none that can be read.
     """
     if path.is_dir():
-        found = find_checkpoint(path)
-        if found is None:
+        if find_checkpoint(path) is None:
             raise BadInput(f"argument --resume: no {NEWEST} in {str(path)!r}; name the folder or file of one")
-        path = found
-    if not path.exists():
+        path = path / NEWEST
+    candidates = [path, path.with_name(PREVIOUS)] if path.name == NEWEST else [path]
+    if not any(candidate.exists() for candidate in candidates):
         raise BadInput(f"argument --resume: no file {str(path)!r}; name the folder or file of a checkpoint")
-    for candidate in dict.fromkeys([path, path.with_name(PREVIOUS)]):
+    for candidate in candidates:
         try:
             packed = load_data(candidate)
-            if packed["format"] != FORMAT or not set(MATHEMATICS + CONTINUED) <= packed["options"].keys():
-                continue
+            whole = (
+                packed["format"] == FORMAT
+                and isinstance(packed["steps"], int)
+                and set(MATHEMATICS + CONTINUED) <= packed["options"].keys()
+                and set(PARTS) <= packed["parts"].keys()
+                and {"log_dir", "sizes", "pending", "seconds"} <= packed["log"].keys()
+            )
             packed = {key: packed[key] for key in ("steps", "finished", "options", "random", "log", "parts")}
         except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
             continue
-        packed["folder"] = path.parent
-        if candidate != path:
+        if not whole:
+            continue
+        if candidate != path and not quiet:
             announce(f"{path} cannot be read; {candidate.name} is used, which ends at batch {packed['steps'] - 1}.")
-        return packed
+        return packed | {"file": candidate}
     raise BadInput(f"argument --resume: {str(path)!r} is damaged, or is not a checkpoint of this script")
-
-
-def check_shapes(packed: dict, **networks: torch.nn.Module) -> None:
-    """Raise BadInput unless the checkpoint's networks have the shapes of these, which its own options describe."""
-    for name, network in networks.items():
-        ours = {key: tensor.shape for key, tensor in network.state_dict().items()}
-        theirs = packed["parts"][name]
-        if {key: getattr(tensor, "shape", None) for key, tensor in theirs.items()} != ours:
-            raise BadInput(f"argument --resume: the checkpoint's {name} is of another shape than its flags say")
 
 
 def describe_last(folder: Path) -> str:
     """Where the last good checkpoint in `folder` is, in words."""
-    found = find_checkpoint(folder)
-    if found is None:
+    try:
+        packed = read_checkpoint(folder, quiet=True)
+    except BadInput:
         return "there is no checkpoint yet"
-    return f"the last good checkpoint is {found}, after batch {read_checkpoint(found)['steps'] - 1}"
+    return f"the last good checkpoint is {packed['file']}, after batch {packed['steps'] - 1}"
 
 
 def check_nothing_unfinished(out_dir: Path) -> None:
@@ -162,13 +183,13 @@ def check_nothing_unfinished(out_dir: Path) -> None:
     if found is None:
         return
     try:
-        packed = read_checkpoint(found)
+        packed = read_checkpoint(out_dir, quiet=True)
     except BadInput:
         packed = {"finished": False, "steps": "unknown"}
     if not packed["finished"]:
         raise BadInput(
-            f"argument --out_dir: {str(found)!r} is of an unfinished run ({packed['steps']} batches done): "
-            "add --resume to go on, name another folder, or delete that file to start anew"
+            f"argument --out_dir: {str(found)!r} is of an unfinished run (batches done: {packed['steps']}): "
+            "add --resume to go on, name another folder, or delete its checkpoints to start anew"
         )
 
 
@@ -179,6 +200,7 @@ def random_state(device: torch.device) -> dict:
         "torch": torch.get_rng_state(),
         "numpy": {"keys": torch.from_numpy(keys.astype(np.int64)), "rest": [kind, position, has_gauss, cached]},
         "device": device.type,
+        "threads": torch.get_num_threads(),  # sums on a CPU are split among them
     }
     if device.type != "cpu":
         state["on_device"] = getattr(torch, device.type).get_rng_state()
@@ -186,14 +208,15 @@ def random_state(device: torch.device) -> dict:
 
 
 def restore_random_state(state: dict, device: torch.device) -> bool:
-    """Undo random_state; False if the state is of another kind of device, whose own stream is then left as it is."""
+    """Undo random_state; False if the run cannot go on to the last bit, on another device or number of threads."""
     torch.set_rng_state(state["torch"])
     kind, *rest = state["numpy"]["rest"]
     np.random.set_state((kind, state["numpy"]["keys"].numpy().astype(np.uint32), *rest))
     if state["device"] != device.type:
         return False
-    if device.type != "cpu":
-        getattr(torch, device.type).set_rng_state(state["on_device"])
+    if device.type == "cpu":
+        return state["threads"] == torch.get_num_threads()
+    getattr(torch, device.type).set_rng_state(state["on_device"])
     return True
 
 

@@ -1,11 +1,13 @@
 """What a run shows and records: progress bars, sample grids, TensorBoard, metrics.jsonl, config.json, weights."""
 
 import contextlib
+import errno
 import io
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import sys
 import threading
@@ -22,7 +24,7 @@ from tqdm import tqdm
 
 from checkpoint import NEWEST, PREVIOUS
 from models import pack_network
-from utils import BadInput, Diverged, announce, on_terminal, print_line, whole_file
+from utils import BadInput, Diverged, announce, check_writable, on_terminal, print_line, whole_file
 
 # TensorBoard's name for each per-batch curve; the keys are those of metrics.jsonl.
 CURVES = {
@@ -87,7 +89,7 @@ class RunLog:
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
-        BadInput: the checkpoint names files that are none of a run's.
+        BadInput: another run is writing there.
     """
 
     LOOK_INTERVAL = 0.3  # seconds between two looks at the figures for the bar
@@ -102,30 +104,36 @@ class RunLog:
         self.bar = None
         self.warned = set()
 
-        if checkpoint is None or not same_folder(checkpoint["folder"], out_dir):
+        out_dir.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(out_dir)
+        same = checkpoint is not None and same_folder(checkpoint["file"].parent, out_dir)
+        if not same:
             set_aside_earlier_run(out_dir)
         self.images = out_dir / "images"
-        self.images.mkdir(parents=True, exist_ok=True)
+        self.images.mkdir(exist_ok=True)
         if checkpoint is None:
-            self.first_step, self.earlier_seconds, self.pending = 0, 0.0, b""
+            self.next_step, self.earlier_seconds, self.pending = 0, 0.0, b""
             self.log_dir = new_log_dir(out_dir / "logs")
         else:
             state = checkpoint["log"]
-            bring_back_records(checkpoint["folder"], out_dir, state["log_dir"], state["sizes"])
-            self.first_step, self.earlier_seconds = checkpoint["steps"], state["seconds"]
+            self.next_step, self.earlier_seconds = checkpoint["steps"], state["seconds"]
             self.pending = state["pending"].encode()
-            self.log_dir = out_dir / state["log_dir"]
+            source = checkpoint["file"].parent
+            self.log_dir = out_dir / state["log_dir"] if same else new_log_dir(out_dir / "logs")
+            bring_back_records(source, out_dir, self.log_dir, state["sizes"])
             settings = settings | {"resumed_after": checkpoint["steps"]}
-        self.next_step = self.first_step
-        config = settings | {"log_dir": self.log_dir.relative_to(out_dir).as_posix(), "versions": versions()}
-        with whole_file(out_dir / "config.json") as file:
-            file.write((json.dumps(config, indent=2) + "\n").encode())
-        # unbuffered, so that what a full disk refuses stays in self.pending, and is written once there is room
-        self.rows = open(out_dir / "metrics.jsonl", "wb" if checkpoint is None else "ab", 0)  # noqa: SIM115
+        self.config = settings | {"log_dir": self.log_dir.relative_to(out_dir).as_posix(), "versions": versions()}
+        self.open_rows()
 
         threading.excepthook = quiet_disk_errors  # the event writer's thread; its errors also reach add_scalar
         self.open_board()
         self.run_start = time.monotonic()
+
+    def open_rows(self) -> None:
+        with whole_file(self.out_dir / "config.json") as file:
+            file.write((json.dumps(self.config, indent=2) + "\n").encode())
+        # unbuffered, so that what a full disk refuses stays in self.pending, and is written once there is room
+        self.rows = open(self.out_dir / "metrics.jsonl", "ab", 0)  # noqa: SIM115
 
     def open_board(self) -> None:
         from torch.utils.tensorboard import SummaryWriter  # here, as it costs the start-up of nothing else
@@ -144,6 +152,8 @@ class RunLog:
         with self.tolerating("the last curves"):
             if self.board is not None:
                 self.board.close()
+        if self.lock is not None:
+            self.lock.close()
         nan_words = ("between 0 and 1", "device-side assert")  # BCELoss's, on the CPU and on CUDA
         if isinstance(error, RuntimeError) and any(words in str(error) for words in nan_words):
             raise Diverged(f"the loss is no longer finite at batch {self.next_step}") from error
@@ -171,6 +181,11 @@ class RunLog:
                 raise
 
     def write_rows(self) -> None:
+        path = self.out_dir / "metrics.jsonl"
+        if not path.exists():
+            announce(f"Warning: {path} was lost; a new one begins, and training goes on.")
+            self.rows.close()
+            self.open_rows()
         while self.pending:
             self.pending = self.pending[self.rows.write(self.pending) :]
 
@@ -300,35 +315,64 @@ def same_folder(a: Path, b: Path) -> bool:
     return a.exists() and b.exists() and a.samefile(b)
 
 
-def bring_back_records(source: Path, out_dir: Path, log_dir: str, sizes: dict[str, int]) -> None:
+def lock(out_dir: Path):
+    """Keep other runs out of `out_dir` until the returned file is closed; None where the system has no such lock.
+
+    Raises:
+        BadInput: another run is writing there.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    file = open(out_dir / ".lock", "w")  # noqa: SIM115 (closed by the caller)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            return None  # a file system without locks
+        raise BadInput(
+            f"argument --out_dir: another run is writing to {str(out_dir)!r}; name another folder"
+        ) from error
+    return file
+
+
+def bring_back_records(source: Path, out_dir: Path, log_dir: Path, sizes: dict[str, int]) -> None:
     """Cut the records of an interrupted run back to `sizes`; copy them first if `out_dir` is not their folder.
 
     Args:
         source: the folder of the checkpoint.
         out_dir: the folder in which the run goes on.
-        log_dir: the run's TensorBoard folder, relative to both.
-        sizes: bytes to keep of each file, by its path relative to both.
-
-    Raises:
-        BadInput: a path does not lie in a run's records.
+        log_dir: the run's TensorBoard folder in `out_dir`.
+        sizes: bytes to keep of metrics.jsonl and of each event file, by its path in the folder that they were in.
     """
-    for name in [log_dir, *sizes]:
-        parts = Path(name).parts
-        if ".." in parts or Path(name).is_absolute() or parts[0] not in ("logs", "metrics.jsonl"):
-            raise BadInput(f"argument --resume: the checkpoint names {name!r}, which is no record of a run")
-    (out_dir / log_dir).mkdir(parents=True, exist_ok=True)
+    log_dir.mkdir(parents=True, exist_ok=True)
+    kept = set()
     for name, size in sizes.items():
-        if not (source / name).exists() or (source / name).stat().st_size < size:
+        name = Path(name)
+        to = (out_dir if name.name == "metrics.jsonl" else log_dir) / name.name
+        kept.add(to)
+        # the records of a run that was set aside lie beside its checkpoint
+        found = next((path for path in (source / name, source / name.name) if path.exists()), None)
+        if found is None or found.stat().st_size < size:
             announce(f"Warning: {source / name} is missing or was cut: the run's record will have a gap.")
-        if not (source / name).exists():
+        if found is None:
             continue
         if not same_folder(source, out_dir):
-            shutil.copyfile(source / name, out_dir / name)
-        if (out_dir / name).stat().st_size > size:
-            os.truncate(out_dir / name, size)
-    for events in (out_dir / log_dir).glob("events.*"):
-        if events.relative_to(out_dir).as_posix() not in sizes:
+            shutil.copyfile(found, to)
+        if to.exists() and to.stat().st_size > size:
+            os.truncate(to, size)
+    for events in log_dir.glob("events.*"):
+        if events not in kept:
             events.unlink()
+
+
+def check_records(log: dict) -> None:
+    """Raise BadInput if a checkpoint's record names files that are none of a run's."""
+    for name in [log["log_dir"] + "/events.", *log["sizes"]]:
+        if not re.fullmatch(r"metrics\.jsonl|logs/[\w-]+/events\.[\w.-]*", str(name)):
+            raise BadInput(f"argument --resume: the checkpoint names {name!r}, which is no record of a run")
 
 
 def quiet_disk_errors(args) -> None:
@@ -337,34 +381,44 @@ def quiet_disk_errors(args) -> None:
         threading.__excepthook__(args)
 
 
+def check_out_dir(out_dir: Path) -> None:
+    """Raise BadInput unless a run can have its files in `out_dir`. Leaves no trace."""
+    check_writable("--out_dir", out_dir)
+    for name, wanted in [("images", Path.is_dir), ("logs", Path.is_dir), ("metrics.jsonl", Path.is_file)]:
+        if (out_dir / name).exists() and not wanted(out_dir / name):
+            what = "a folder" if wanted is Path.is_dir else "a file"
+            raise BadInput(f"argument --out_dir: {str(out_dir / name)!r} is in the way, as it is not {what}")
+
+
 def earlier_log_dir(out_dir: Path) -> Path | None:
-    """The log folder of the run whose files lie in `out_dir`, or None; BadInput for a config.json of others."""
+    """The log folder of the run whose config.json lies in `out_dir`, or None; BadInput for one of others."""
     config = out_dir / "config.json"
     if not config.exists():
         return None
     try:
-        logs, name = Path(json.loads(config.read_text())["log_dir"]).parts
-        if logs != "logs" or name == "..":
+        log_dir = json.loads(config.read_text())["log_dir"]
+        if not re.fullmatch(r"logs/[\w-]+", log_dir):
             raise ValueError
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(
             f"argument --out_dir: {str(config)!r} is not from a run of this script; name another folder"
         ) from error
-    return out_dir / logs / name
+    return out_dir / log_dir
 
 
 def set_aside_earlier_run(out_dir: Path) -> None:
     """Move an earlier run's files from `out_dir` to the folder of that run below logs/, and say so."""
-    kept = earlier_log_dir(out_dir)
-    if kept is None:
+    # config.json last: it names the folder
+    names = ["metrics.jsonl", "acgan_gen.pth", "acgan_dist.pth", NEWEST, PREVIOUS, "config.json"]
+    files = [out_dir / name for name in names if (out_dir / name).exists()]
+    if not files:
         return
+    kept = earlier_log_dir(out_dir) or new_log_dir(out_dir / "logs")
     (kept / "images").mkdir(parents=True, exist_ok=True)
     for grid in (out_dir / "images").glob("[0-9]*.png"):
         os.replace(grid, kept / "images" / grid.name)
-    # config.json last: it marks a run
-    for name in ["metrics.jsonl", "acgan_gen.pth", "acgan_dist.pth", NEWEST, PREVIOUS, "config.json"]:
-        if (out_dir / name).exists():
-            os.replace(out_dir / name, kept / name)
+    for file in files:
+        os.replace(file, kept / file.name)
     announce(f"The earlier run's files were moved to {kept}")
 
 

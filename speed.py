@@ -10,7 +10,7 @@ from collections import Counter
 
 import torch
 
-from utils import announce, on_terminal
+from utils import Stopped, announce, on_terminal
 
 
 def tune_process(device: torch.device) -> None:
@@ -127,6 +127,8 @@ class CompiledBatches:
                 fast = [in_bf16(network) for network in fast]
             self.rehearse(*fast)
             self.fast = fast
+        except Stopped:
+            pass  # the loop, which knows of the signal too, ends the run in good order
         except Exception as error:  # a missing compiler, an unsupported Python, ...: there is a long list
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             announce(f"Compile: off, as it failed here: {reason}")
@@ -136,17 +138,19 @@ class CompiledBatches:
         config, device = self.networks[0].config, next(self.networks[0].parameters()).device
         buffers = [buffer for network in self.networks for buffer in network.buffers()]
         before = [buffer.clone() for buffer in buffers]
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            z = torch.randn(self.batch_size, config["latent_dim"], device=device)
-            labels = torch.randint(config["n_classes"], (self.batch_size,), device=device)
-            imgs = generator(z, labels)
-            for batch in (imgs.detach(), imgs):  # as in D's update, and as in G's
-                validity, label = discriminator(batch)
-                (validity.sum() + label.sum()).backward()
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
-        for network in self.networks:
-            network.zero_grad(set_to_none=True)
+        try:
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                z = torch.randn(self.batch_size, config["latent_dim"], device=device)
+                labels = torch.randint(config["n_classes"], (self.batch_size,), device=device)
+                imgs = generator(z, labels)
+                for batch in (imgs.detach(), imgs):  # as in D's update, and as in G's
+                    validity, label = discriminator(batch)
+                    (validity.sum() + label.sum()).backward()
+        finally:
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+            for network in self.networks:
+                network.zero_grad(set_to_none=True)
 
 
 class CapturedBatches:

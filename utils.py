@@ -32,13 +32,15 @@ def announce(line: str) -> None:
 
 
 def print_line(line: str, stream=None) -> None:
-    """Print to stdout, or to `stream`, at once. A reader that has gone away, as `| head` does, ends no training."""
+    """Print to stdout, or to `stream`, at once. A reader that has gone away, or a full disk, ends no training."""
     stream = sys.stdout if stream is None else stream
     try:
         print(line, file=stream, flush=True)
     except BrokenPipeError:
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), stream.fileno())
+    except OSError:
+        pass  # a full disk behind it: the line is lost, not the run
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -136,31 +138,54 @@ def whole_file(path: Path):
         raise
 
 
-class StopRequest:
-    """Inside the block, Ctrl-C and TERM let the running batch finish: `requested` turns true.
+class Stopped(KeyboardInterrupt):
+    """A signal that ends the run where it stands; carries the exit status that a shell expects, 128 + its number."""
 
-    A second signal, or a batch that takes longer than `PATIENCE` seconds, ends the block with KeyboardInterrupt.
-    `exit_status` is then what a shell expects: 128 + the signal's number.
+    def __init__(self, number: int):
+        super().__init__()
+        self.exit_status = 128 + number
+
+
+def raise_stopped(number, frame):
+    """A signal handler."""
+    raise Stopped(number)
+
+
+def stop_signals() -> list[int]:
+    """Ctrl-C, TERM and a closed terminal; of the last only if nobody asked to ignore it, as nohup does."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return numbers
+
+
+class StopRequest:
+    """Inside the block, a stop signal lets the running batch finish: `requested` turns true.
+
+    A second signal, or a batch that takes longer than `PATIENCE` seconds, ends the block with Stopped.
+    `exit_status` is then what a shell expects: 128 + the first signal's number.
     """
 
-    PATIENCE = 3.0  # seconds
+    PATIENCE = 2.0  # seconds
 
     def __init__(self) -> None:
         self.requested = False
-        self.exit_status = 0
+        self.number = 0
+
+    @property
+    def exit_status(self) -> int:
+        return 128 + self.number
 
     def __enter__(self):
-        signals = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGALRM"):
-            signals.append(signal.SIGALRM)
+        signals = stop_signals() + ([signal.SIGALRM] if hasattr(signal, "SIGALRM") else [])
         self._previous = {number: signal.signal(number, self._on_signal) for number in signals}
         return self
 
     def _on_signal(self, number, frame):
         if self.requested:
-            raise KeyboardInterrupt
+            raise Stopped(self.number)
         self.requested = True
-        self.exit_status = 128 + number
+        self.number = number
         if hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, self.PATIENCE)
 

@@ -50,12 +50,15 @@ def fails(flags, capsys):
         (["--quick"], r"--quick \(--help lists the flags\)"),
         (["--out_dir", "a_file/run"], "--out_dir: cannot write to 'a_file/run'"),
         (["--out_dir", "/proc/run"], "--out_dir: cannot write to '/proc/run'"),
+        (["--out_dir", "in_the_way"], "--out_dir: .*images' is in the way, as it is not a folder"),
         (["--out_dir", "a_run_of_others"], "--out_dir: .*config.json' is not from a run of this script"),
     ],
 )
 def test_mistakes(flags, words, capsys, tmp_path, monkeypatch, data_root):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a_file").touch()
+    (tmp_path / "in_the_way").mkdir()
+    (tmp_path / "in_the_way" / "images").touch()
     (tmp_path / "a_run_of_others").mkdir()
     (tmp_path / "a_run_of_others" / "config.json").write_text('{"theirs": true}')
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

@@ -156,6 +156,8 @@ def test_checkpoints_that_are_none_get_one_line_and_run_nothing(copy, capsys):
         assert "is damaged, or is not a checkpoint of this script" in fails(copy, ["--resume"], capsys), kind
         assert "unfinished run" in fails(copy, SMALL, capsys), kind  # and a new run does not overwrite it
     assert not marker.exists()
+    newest.write_bytes(whole)
+    assert "is damaged, or is not a checkpoint" in fails(copy, ["--resume", copy / "acgan_gen.pth"], capsys)
     newest.unlink()
     assert "no checkpoint.pt in" in fails(copy, ["--resume"], capsys)
     assert "no file" in fails(copy, ["--resume", copy / "nothing.pt"], capsys)
@@ -166,7 +168,7 @@ def test_checkpoint_of_another_shape_is_named(copy, capsys):
     packed["options"]["latent_dim"] = 50
     torch.save(packed, copy / NEWEST)
     line = fails(copy, ["--resume"], capsys)
-    assert "--resume: the checkpoint's generator is of another shape" in line
+    assert "--resume: the checkpoint's generator does not fit its flags" in line
 
 
 def test_checkpoint_cannot_reach_files_outside_the_run(copy, capsys):
@@ -189,6 +191,19 @@ def test_previous_checkpoint_stands_in_for_a_damaged_newest(straight, run, tmp_p
     assert result.returncode == 0
     assert re.fullmatch(r".*checkpoint.pt cannot be read; checkpoint.previous.pt is used, .*batch 21.\n", result.stderr)
     assert_same_run(tmp_path, straight)
+    assert read_checkpoint(tmp_path / PREVIOUS)["steps"] < STEPS  # the damaged one did not take its place
+
+
+def test_interval_of_grids_may_change_but_is_said_to_change_the_draws(copy, run):
+    result = run("--resume", "--max_steps", 41, "--sample_interval", 3, "--out_dir", copy, digits=DIGITS)
+    assert result.returncode == 0
+    assert result.stderr == "Another --sample_interval draws other noise: the run goes on, but not to the last bit.\n"
+
+
+def test_resume_finds_the_current_folder_by_its_name(copy, run, tmp_path):
+    result = run("--resume", ".", "--max_steps", 41, "--out_dir", "../new", digits=DIGITS, cwd=copy)
+    assert result.returncode == 0 and read_checkpoint(tmp_path / "new")["steps"] == 41
+    assert read_checkpoint(copy)["steps"] == 40
 
 
 def test_divergence_keeps_the_last_good_checkpoint(copy, capsys, monkeypatch):

@@ -160,8 +160,22 @@ def test_memory_that_does_not_suffice_is_one_line(run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_full_disk_is_one_line(run, tmp_path):
-    (tmp_path / "images").symlink_to("/dev/full")  # a folder that cannot take a file
-    result = run("--seed", 0, "--batch_size", 8, "--max_steps", 1, "--out_dir", tmp_path)
-    assert result.returncode == 2
-    assert re.fullmatch(r"acgan.py: error: cannot write .*images.*\n", result.stderr)
+def test_run_without_its_config_is_set_aside_too(run, tmp_path):
+    flags = ["--seed", 1, "--batch_size", 16, "--img_size", 16, "--max_steps", 1, "--out_dir", tmp_path]
+    assert run(*flags).returncode == 0
+    (tmp_path / "config.json").unlink()
+    weights = (tmp_path / "acgan_gen.pth").read_bytes()
+    assert "moved to" in run(*flags).stderr
+    assert [path.read_bytes() for path in (tmp_path / "logs").glob("*/acgan_gen.pth")] == [weights]
+
+
+def test_two_runs_cannot_write_to_one_folder(start, run, tmp_path):
+    flags = ["--seed", 1, "--batch_size", 16, "--img_size", 16, "--compile", "off", "--out_dir", tmp_path]
+    process = start(*flags)
+    while not (tmp_path / "images" / "0.png").exists():
+        time.sleep(0.05)
+    result = run(*flags)
+    assert result.returncode == 2 and "another run is writing to" in result.stderr
+    process.terminate()
+    process.communicate(timeout=10)
+    assert load_network(tmp_path / "acgan_gen.pth")
