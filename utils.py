@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 
 class BadInput(Exception):
@@ -28,7 +29,10 @@ def on_terminal() -> bool:
 
 def announce(line: str) -> None:
     """Tell the person one thing, on stderr, so that stdout keeps to its one line an epoch."""
-    print_line(line, sys.stderr)
+    if on_terminal():
+        tqdm.write(line, file=sys.stderr)  # above the bar, not into it
+    else:
+        print_line(line, sys.stderr)
 
 
 def print_line(line: str, stream=None) -> None:

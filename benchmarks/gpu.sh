@@ -9,8 +9,8 @@ export PYTHONUNBUFFERED=1
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$OUT/gpu.txt"
 
 echo "== the fast path against the plain one, and a first run: graph captured, smaller last batch included"
-timeout 60 python3 -m pytest -q tests/test_cuda.py 2>&1 | tail -n 15 | tee "$OUT/test_cuda.txt"
-timeout 60 python3 acgan.py --seed 0 --max_steps 5000 --log_interval 1 --out_dir "$OUT/first" 2>&1 | tee "$OUT/first.txt"
+timeout 90 python3 -m pytest -q tests/test_cuda.py 2>&1 | tail -n 15 | tee "$OUT/test_cuda.txt"
+timeout 45 python3 acgan.py --seed 0 --max_steps 5000 --log_interval 1 --out_dir "$OUT/first" 2>&1 | tee "$OUT/first.txt"
 
 echo "== the whole run: 200 epochs with default flags"
 start=$(date +%s%N)
@@ -22,5 +22,5 @@ cp "$OUT"/full/images/{4000,40000,187200}.png "$OUT/" 2>/dev/null
 echo "== batches a second, beside the tutorial's loop: float32 (TF32), then bf16, then compiled"
 for flags in "" "--amp bf16" "--compile on"; do
   # shellcheck disable=SC2086 (the flags are words)
-  timeout 90 python3 benchmarks/throughput.py --device cuda --rounds 5 --batches 100 $flags 2>&1 | tee -a "$OUT/throughput.txt"
+  timeout 80 python3 benchmarks/throughput.py --device cuda --rounds 5 --batches 100 $flags 2>&1 | tee -a "$OUT/throughput.txt"
 done
