@@ -73,7 +73,7 @@ class CompiledBatches:
     random stream stays that of the eager run: compiled dropout draws from it too, and compiling leaves it alone.
     """
 
-    BREAK_EVEN = 5_000  # batches; twice what was measured, see the README
+    BREAK_EVEN = 5_000  # batches; twice what was measured: README, "Speed"
     SKIPPED, TIMED = 5, 20  # batches
 
     def __init__(self, train_batch, networks, plain, batch_size, steps, compile, amp):
