@@ -436,7 +436,7 @@ def main(argv: list[str] | None = None) -> int:
         announce(f"acgan.py: error: {error}; {describe_last(opt.out_dir)}")
         return 1
     except Stopped as stopped:
-        announce("Stopped at once: what was done since the last checkpoint is lost.")
+        announce("Stopped at once; only what the last checkpoint holds is kept.")
         return stopped.exit_status
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
