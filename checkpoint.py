@@ -16,13 +16,14 @@ FORMAT = "acgan checkpoint 1"
 # Options that change what is computed: a resumed run must have the checkpoint's.
 MATHEMATICS = ("seed", "batch_size", "lr", "b1", "b2", "latent_dim", "n_classes", "img_size", "channels", "upsample",
                "amp")  # fmt: skip
-# Options that a resumed run takes from the checkpoint unless the command line says otherwise.
+# Options that a resumed run takes from the checkpoint unless the command line says otherwise. Another sample_interval
+# draws other noise, and another compile rounds otherwise: allowed, but not to the last bit.
 CONTINUED = ("n_epochs", "sample_interval", "log_interval", "checkpoint_interval", "compile")
 PARTS = ("generator", "discriminator", "optimizer_G", "optimizer_D", "batches")
 
 
 class Checkpoints:
-    """Writes and restores `checkpoint.pt` in a run's folder.
+    """Writes `checkpoint.pt` in a run's folder; `restore` is its other half.
 
     Args:
         out_dir: the run's folder.
