@@ -90,7 +90,7 @@ class MNIST(datasets.MNIST):
             if bundled:
                 broken = [name for name, md5 in self.resources if not check_integrity(BUNDLED / name, md5)]
                 raise BadInput(
-                    f"{BUNDLED / (broken[0] if broken else '*.gz')} is damaged (its checksum is wrong) or cannot be read: "
+                    f"{BUNDLED / (broken or ['*.gz'])[0]} is damaged (its checksum is wrong) or cannot be read: "
                     "restore it, for instance with 'git checkout data/mnist'"
                 ) from error
             raise BadInput(
