@@ -36,6 +36,7 @@ from checkpoint import (
     restore,
 )
 from dataset import MNIST, ShuffledBatches, load_mnist
+from generate import draw_images
 from models import Discriminator, Generator, weights_init_normal
 from runlog import RunLog, check_out_dir, check_records, earlier_log_dir, same_folder
 from speed import accelerate, tune_process
@@ -142,6 +143,12 @@ def sample_image(generator, n_classes: int, latent_dim: int, device) -> torch.Te
     return generator(z, labels)
 
 
+def fixed_noise(n_classes: int, latent_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """z and labels of a grid laid out as sample_image's, the same in every run; draws from neither random stream."""
+    z = torch.randn(10 * n_classes, latent_dim, generator=torch.Generator().manual_seed(0))
+    return z, torch.arange(n_classes).repeat(10)
+
+
 def train(
     opt: argparse.Namespace,
     device: torch.device,
@@ -193,6 +200,7 @@ def train(
     if checkpoint:
         restore(checkpoint, device, **parts)
 
+    fixed_z = fixed_noise(opt.n_classes, opt.latent_dim)
     options = options_as_data(opt)
     settings = {"options": options, "seed": opt.seed, "device": str(device)}
     with (
@@ -223,7 +231,8 @@ def train(
                 steps += 1
                 if batches_done % opt.sample_interval == 0:
                     grid = sample_image(generator, opt.n_classes, opt.latent_dim, device)
-                    log.sample_grid(grid, opt.n_classes, batches_done)
+                    log.sample_grid("fake_image", grid, opt.n_classes, batches_done)
+                    log.sample_grid("fixed_z", draw_images(generator, *fixed_z), opt.n_classes, batches_done)
                 log.batch(batches_done, metrics, len(indices))
                 if steps % len(batches) == 0:
                     log.end_epoch(batches_done, batches.gather(indices)[0], metrics, len(indices))

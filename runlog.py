@@ -292,14 +292,22 @@ class RunLog:
         done = step + 1
         return clock(self.seconds() / done * (self.max_steps - done))
 
-    def sample_grid(self, imgs: torch.Tensor, nrow: int, step: int) -> None:
-        """Write a grid of generated images to images/{step}.png and to TensorBoard's fake_image."""
+    def sample_grid(self, kind: str, imgs: torch.Tensor, nrow: int, step: int) -> None:
+        """Write a grid of generated images to TensorBoard's `kind`, and as a PNG.
+
+        Args:
+            kind: "fake_image", written to images/{step}.png, or "fixed_z", to images/fixed_z/{step}.png.
+            imgs: float (N, C, H, W), of any range.
+            nrow: images a row.
+            step: batch, counted from 0.
+        """
         grid = make_grid(imgs.cpu(), nrow=nrow, normalize=True)
         buffer = io.BytesIO()
         save_image(grid, buffer, format="png")
-        with self.tolerating("sample grids"), whole_file(self.images / f"{step}.png") as file:
+        folder = self.images / "fixed_z" if kind == "fixed_z" else self.images
+        with self.tolerating("sample grids"), whole_file(folder / f"{step}.png") as file:
             file.write(buffer.getbuffer())
-        self.to_board("add_image", "fake_image", grid, step)
+        self.to_board("add_image", kind, grid, step)
 
     def save_weights(self, generator, discriminator) -> None:
         """Write acgan_gen.pth and acgan_dist.pth: tensors and sizes only; `models.load_network` reads them."""
@@ -414,9 +422,10 @@ def set_aside_earlier_run(out_dir: Path) -> None:
     if not files:
         return
     kept = earlier_log_dir(out_dir) or new_log_dir(out_dir / "logs")
-    (kept / "images").mkdir(parents=True, exist_ok=True)
-    for grid in (out_dir / "images").glob("[0-9]*.png"):
-        os.replace(grid, kept / "images" / grid.name)
+    for folder in ("images", "images/fixed_z"):
+        (kept / folder).mkdir(parents=True, exist_ok=True)
+        for grid in (out_dir / folder).glob("[0-9]*.png"):
+            os.replace(grid, kept / folder / grid.name)
     for file in files:
         os.replace(file, kept / file.name)
     announce(f"The earlier run's files were moved to {kept}")

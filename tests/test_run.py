@@ -48,7 +48,8 @@ def test_metrics_rows(epochs_run):
 
 def test_grids_stand_at_their_steps_with_one_column_a_class(epochs_run):
     out_dir, _ = epochs_run
-    assert sorted(path.name for path in (out_dir / "images").iterdir()) == ["0.png", "3.png", "6.png"]
+    for folder in ("images", "images/fixed_z"):
+        assert sorted(path.name for path in (out_dir / folder).glob("*.png")) == ["0.png", "3.png", "6.png"]
     assert Image.open(out_dir / "images" / "6.png").size == (10 * 18 + 2, 10 * 18 + 2)
 
 
@@ -103,8 +104,9 @@ def test_second_run_into_the_folder_leaves_the_first_ones_record_whole(run, tmp_
     assert f"moved to {kept}" in second.stderr
     assert json.loads((kept / "config.json").read_text()) == first and read_rows(kept) == first_rows
     assert (kept / "acgan_gen.pth").read_bytes() == first_weights
-    assert sorted(path.name for path in (kept / "images").iterdir()) == ["0.png", "1.png"]
-    assert [path.name for path in (tmp_path / "images").iterdir()] == ["0.png"]
+    for folder in ("images", "images/fixed_z"):
+        assert sorted(path.name for path in (kept / folder).glob("*.png")) == ["0.png", "1.png"]
+        assert [path.name for path in (tmp_path / folder).glob("*.png")] == ["0.png"]
     assert len(read_rows(tmp_path)) == 3
     assert [event.step for event in read_board(tmp_path).Scalars("D_loss/total")] == [0, 1, 2]
     assert EventAccumulator(str(kept)).Reload().Scalars("D_loss/total")[-1].step == 1
