@@ -12,7 +12,6 @@ Measured: 11.6 batches/s on 2 CPU cores, so 200 epochs in 4.5 hours, 3.1 times a
 """
 
 import argparse
-import difflib
 import math
 import os
 import signal
@@ -35,8 +34,11 @@ from checkpoint import (
     read_checkpoint,
     restore,
 )
+from command_line import SEED, WHOLE, OneLineParser, flag, number
 from dataset import MNIST, ShuffledBatches, load_mnist
+from evaluate import EpochScores
 from generate import draw_images
+from judge import WEIGHTS as JUDGE
 from models import Discriminator, Generator, weights_init_normal
 from runlog import RunLog, check_out_dir, check_records, earlier_log_dir, same_folder
 from speed import accelerate, tune_process
@@ -212,6 +214,7 @@ def train(
             log.graphs(generator, discriminator, graph_z.to(device), graph_label.to(device), graph_img.to(device))
         elif checkpoint["file"] != opt.out_dir / NEWEST:
             checkpoints.save(steps, rotate=False)  # the record was cut back to it, so it is the newest now
+        scores = EpochScores(opt.eval_interval, generator, images, labels, log, opt.judge, len(batches), steps)
 
         def train_batch(generator, discriminator, indices):
             real_imgs, real_labels = batches.gather(indices)
@@ -236,6 +239,7 @@ def train(
                 log.batch(batches_done, metrics, len(indices))
                 if steps % len(batches) == 0:
                     log.end_epoch(batches_done, batches.gather(indices)[0], metrics, len(indices))
+                    scores.after_epoch(epoch)
                 if stop.requested or steps == max_steps:
                     break
                 checkpoints.save_if_due(steps)
@@ -264,33 +268,6 @@ def finish(checkpoints, log, generator, discriminator, steps: int, finished: boo
     log.save_weights(generator, discriminator)
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, with a guess at a mistyped flag; exit status 2."""
-
-    def error(self, message: str):
-        if message.startswith("unrecognized arguments: "):
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            typed = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
-            near = difflib.get_close_matches(typed, flags, n=1)
-            message += f" (did you mean {near[0]}?)" if near else " (--help lists the flags)"
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def number(kind: type, wanted: str, accept):
-    """An argparse type: a finite `kind` that `accept` takes, or else an error that says what is `wanted`."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-            if math.isfinite(value) and accept(value):
-                return value
-        except (ValueError, OverflowError):
-            pass
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-
-    return parse
-
-
 def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argparse.Namespace:
     """Read the command line; bad flags end the program with one line and exit status 2.
 
@@ -299,13 +276,11 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
         saved: the options of a checkpoint to resume. They stand in for flags that are not given; a given flag
             that would change the mathematics is an error.
     """
-    count = number(int, "a whole number from 1 to 2147483647", lambda value: 1 <= value < 2**31)
     side = number(
         int, "a multiple of 4 and at least 16, such as 28 or 32", lambda value: value >= 16 and value % 4 == 0
     )
     rate = number(float, "a number above 0, such as 0.0002", lambda value: value > 0)
     beta = number(float, "a number in [0, 1), such as 0.5", lambda value: 0 <= value < 1)
-    seed = number(int, "a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)
 
     parser = OneLineParser(
         prog="acgan.py",
@@ -313,22 +288,19 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
         allow_abbrev=False,
     )
 
-    def flag(group, name, kind, default, text, metavar="N", shown="%(default)s"):
-        group.add_argument(name, type=kind, default=default, metavar=metavar, help=f"{text} (default: {shown})")
-
     group = parser.add_argument_group("training")
-    flag(group, "--n_epochs", count, 200, "passes over the data")
-    flag(group, "--max_steps", count, None, "stop after N batches, for a quick look", shown="no limit")
-    flag(group, "--batch_size", count, 64, "images a batch")
+    flag(group, "--n_epochs", WHOLE, 200, "passes over the data")
+    flag(group, "--max_steps", WHOLE, None, "stop after N batches, for a quick look", shown="no limit")
+    flag(group, "--batch_size", WHOLE, 64, "images a batch")
     flag(group, "--lr", rate, 0.0002, "Adam: learning rate of both networks", "X")
     flag(group, "--b1", beta, 0.5, "Adam: decay of the gradient's mean, in [0, 1)", "X")
     flag(group, "--b2", beta, 0.999, "Adam: decay of the squared gradient's mean, in [0, 1)", "X")
-    flag(group, "--seed", seed, None, "seed of PyTorch and NumPy", shown="one is drawn and printed")
+    flag(group, "--seed", SEED, None, "seed of PyTorch and NumPy", shown="one is drawn and printed")
     group = parser.add_argument_group("networks")
-    flag(group, "--latent_dim", count, 100, "size of the noise z and of the label embedding")
-    flag(group, "--n_classes", count, 10, "classes; must fit the data")
+    flag(group, "--latent_dim", WHOLE, 100, "size of the noise z and of the label embedding")
+    flag(group, "--n_classes", WHOLE, 10, "classes; must fit the data")
     flag(group, "--img_size", side, 32, "image side in pixels, a multiple of 4 and at least 16")
-    flag(group, "--channels", count, 1, "image channels; must fit the data")
+    flag(group, "--channels", WHOLE, 1, "image channels; must fit the data")
     group = parser.add_argument_group("data")
     flag(
         group, "--data_root", Path, HERE / "data" / "unpacked",
@@ -336,7 +308,7 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
         "DIR", "data/unpacked beside acgan.py",
     )  # fmt: skip
     flag(
-        group, "--n_cpu", count, 8,
+        group, "--n_cpu", WHOLE, 8,
         "loader workers of the tutorial's script; accepted, but without effect: the images stay in memory",
     )  # fmt: skip
     group = parser.add_argument_group("hardware").add_mutually_exclusive_group()
@@ -369,7 +341,7 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
         "folder for images/, logs/, weights, checkpoints, metrics.jsonl and config.json", "DIR", "the current folder",
     )  # fmt: skip
     flag(
-        group, "--checkpoint_interval", count, None, "batches between checkpoints",
+        group, "--checkpoint_interval", WHOLE, None, "batches between checkpoints",
         shown=f"one every {Checkpoints.SECONDS} seconds",
     )  # fmt: skip
     group.add_argument(
@@ -377,8 +349,23 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
         help="go on from a checkpoint, given by its file or folder (PATH's default: --out_dir), with its flags; "
         "--n_epochs, --max_steps, intervals, folders, --device and --compile may be given anew (default: start anew)",
     )  # fmt: skip
-    flag(group, "--sample_interval", count, 400, "batches between sample grids")
-    flag(group, "--log_interval", count, 50, "batches between points of the per-batch curves and of metrics.jsonl")
+    flag(
+        group, "--eval_interval", WHOLE, None,
+        "epochs between scores of G: label agreement and FID, in TensorBoard and metrics.jsonl; the best G is kept in "
+        "acgan_gen_best.pth. Needs requirements-eval.txt",
+        shown="no scores",
+    )  # fmt: skip
+    flag(
+        group,
+        "--judge",
+        Path,
+        JUDGE,
+        "classifier for --eval_interval, from judge.py",
+        "FILE",
+        "the one that comes along",
+    )
+    flag(group, "--sample_interval", WHOLE, 400, "batches between sample grids")
+    flag(group, "--log_interval", WHOLE, 50, "batches between points of the per-batch curves and of metrics.jsonl")
     argv = sys.argv[1:] if argv is None else argv
     if saved is not None:
         given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(MATHEMATICS)))
@@ -389,9 +376,9 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
         ]
         if differing:
             parser.error(f"argument --resume: the checkpoint has {'; '.join(differing)}: drop these flags to go on")
-        argv = [f"--{name}={saved[name]}" for name in MATHEMATICS + CONTINUED if saved[name] is not None] + argv
+        argv = [f"--{name}={saved[name]}" for name in MATHEMATICS + CONTINUED if saved.get(name) is not None] + argv
     opt = parser.parse_args(argv)
-    if saved is not None and opt.sample_interval != saved["sample_interval"]:
+    if saved is not None and opt.sample_interval != saved.get("sample_interval"):
         announce("Another --sample_interval draws other noise: the run goes on, but not to the last bit.")
 
     if opt.n_classes != len(MNIST.classes):
@@ -417,8 +404,8 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(sys, name) is None:  # closed by the shell
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     opt = parse_args(argv)
-    for number in stop_signals():
-        signal.signal(number, raise_stopped)
+    for stop_signal in stop_signals():
+        signal.signal(stop_signal, raise_stopped)
     try:
         checkpoint = None
         if opt.resume is not None:

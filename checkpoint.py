@@ -18,7 +18,7 @@ MATHEMATICS = ("seed", "batch_size", "lr", "b1", "b2", "latent_dim", "n_classes"
                "amp")  # fmt: skip
 # Options that a resumed run takes from the checkpoint unless the command line says otherwise. Another sample_interval
 # draws other noise, and another compile rounds otherwise: allowed, but not to the last bit.
-CONTINUED = ("n_epochs", "sample_interval", "log_interval", "checkpoint_interval", "compile")
+CONTINUED = ("n_epochs", "sample_interval", "log_interval", "checkpoint_interval", "compile", "eval_interval", "judge")
 PARTS = ("generator", "discriminator", "optimizer_G", "optimizer_D", "batches")
 
 
@@ -154,7 +154,7 @@ def read_checkpoint(path: Path, quiet: bool = False) -> dict:
             whole = (
                 packed["format"] == FORMAT
                 and isinstance(packed["steps"], int)
-                and set(MATHEMATICS + CONTINUED) <= packed["options"].keys()
+                and set(MATHEMATICS) <= packed["options"].keys()
                 and set(PARTS) <= packed["parts"].keys()
                 and {"log_dir", "sizes", "pending", "seconds"} <= packed["log"].keys()
             )

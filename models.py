@@ -4,11 +4,14 @@ Odena, Olah, Shlens: "Conditional Image Synthesis with Auxiliary Classifier GANs
 Layers, sizes and parameter names are those of the tutorial (GAN Step By Step, Step 5).
 """
 
+import io
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import load_data
+from utils import load_data, whole_file
 
 
 class UpsampleConv2d(nn.Conv2d):
@@ -99,7 +102,10 @@ class Generator(nn.Module):
         Returns:
             Images, float32 (B, channels, img_size, img_size), in [-1, 1].
         """
-        gen_input = torch.mul(self.label_emb(labels), noise)  # (B, latent_dim)
+        return self.decode(torch.mul(self.label_emb(labels), noise))
+
+    def decode(self, gen_input: torch.Tensor) -> torch.Tensor:
+        """Images of embedded labels times noise, float32 (B, latent_dim); shapes as of forward."""
         out = self.l1(gen_input)
         out = out.view(out.shape[0], 128, self.init_size, self.init_size)
         return self.conv_blocks(out)
@@ -183,7 +189,7 @@ def weights_init_normal(module: nn.Module) -> None:
         nn.init.constant_(module.bias, 0.0)
 
 
-def pack_network(network: Generator | Discriminator) -> dict:
+def pack_network(network: nn.Module) -> dict:
     """What a weight file holds: the class's name, its sizes, and the state dict on the CPU; no code."""
     return {
         "network": type(network).__name__,
@@ -192,20 +198,35 @@ def pack_network(network: Generator | Discriminator) -> dict:
     }
 
 
-def load_network(path, device="cpu") -> Generator | Discriminator:
+def write_weights(path: Path, packed: dict) -> None:
+    """Write what pack_network returned, with whatever data was added to it. Raises OSError."""
+    buffer = io.BytesIO()  # so that a full disk shows as OSError, not as an error of the zip writer
+    torch.save(packed, buffer)
+    with whole_file(path) as file:
+        file.write(buffer.getbuffer())
+
+
+def load_network(path, device="cpu", kinds=(Generator, Discriminator)) -> nn.Module:
     """Rebuild a network from the file that a training wrote: `G = load_network("acgan_gen.pth")`.
 
     The file is read as data (`weights_only=True`), never run as code. The network comes in train mode,
     in which the tutorial draws its samples; call `.eval()` for running statistics.
 
+    Args:
+        path: the file.
+        device: where the network is wanted.
+        kinds: the classes that it may be of.
+
     Raises:
         OSError: the file cannot be read.
-        ValueError: the file is damaged, or is no weight file of this project.
+        ValueError: the file is damaged, or holds no network of these kinds.
     """
+    kinds = {kind.__name__: kind for kind in kinds}
     try:
         packed = load_data(path)
-        network = {"Generator": Generator, "Discriminator": Discriminator}[packed["network"]](**packed["config"])
+        with torch.random.fork_rng(devices=[]):  # the weights that it is born with are drawn, and then replaced
+            network = kinds[packed["network"]](**packed["config"])
         network.load_state_dict(packed["state_dict"])
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged, or is not a weight file that acgan.py wrote") from error
+        raise ValueError(f"{path} is damaged, or is no {' or '.join(kinds)} that this project wrote") from error
     return network.to(device)

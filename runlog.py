@@ -23,8 +23,10 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from checkpoint import NEWEST, PREVIOUS
-from models import pack_network
-from utils import BadInput, Diverged, announce, check_writable, on_terminal, print_line, whole_file
+from models import pack_network, write_weights
+from utils import BadInput, Diverged, announce, check_writable, load_data, on_terminal, print_line, whole_file
+
+BEST = "acgan_gen_best.pth"
 
 # TensorBoard's name for each per-batch curve; the keys are those of metrics.jsonl.
 CURVES = {
@@ -113,11 +115,12 @@ class RunLog:
         self.images.mkdir(exist_ok=True)
         if checkpoint is None:
             self.next_step, self.earlier_seconds, self.pending = 0, 0.0, b""
+            self.scored_step = None
             self.log_dir = new_log_dir(out_dir / "logs")
         else:
             state = checkpoint["log"]
             self.next_step, self.earlier_seconds = checkpoint["steps"], state["seconds"]
-            self.pending = state["pending"].encode()
+            self.pending, self.scored_step = state["pending"].encode(), state.get("scored_step")
             source = checkpoint["file"].parent
             self.log_dir = out_dir / state["log_dir"] if same else new_log_dir(out_dir / "logs")
             bring_back_records(source, out_dir, self.log_dir, state["sizes"])
@@ -180,6 +183,11 @@ class RunLog:
                 self.board = None
                 raise
 
+    def write_record(self, record: dict) -> None:
+        self.pending += (json.dumps(record) + "\n").encode()
+        with self.tolerating("metrics.jsonl"):
+            self.write_rows()
+
     def write_rows(self) -> None:
         path = self.out_dir / "metrics.jsonl"
         if not path.exists():
@@ -202,6 +210,7 @@ class RunLog:
                 path.relative_to(self.out_dir).as_posix(): path.stat().st_size for path in files if path.exists()
             },
             "pending": self.pending.decode(),
+            "scored_step": self.scored_step,
             "seconds": self.seconds(),
         }
 
@@ -249,9 +258,7 @@ class RunLog:
                 raise Diverged(f"the loss is no longer finite at batch {step}")
             if logged:
                 record = {"step": step, "epoch": step // self.steps_per_epoch} | {key: row[key] for key in CURVES}
-                self.pending += (json.dumps(record) + "\n").encode()
-                with self.tolerating("metrics.jsonl"):
-                    self.write_rows()
+                self.write_record(record)
                 for key, tag in CURVES.items():
                     self.to_board("add_scalar", tag, row[key], step)
             if seen:
@@ -309,13 +316,27 @@ class RunLog:
             file.write(buffer.getbuffer())
         self.to_board("add_image", kind, grid, step)
 
+    def scores(self, step: int, scores: dict[str, float], generator) -> None:
+        """Record G's scores after batch `step`, and keep G in acgan_gen_best.pth if its intra_fid is the lowest yet."""
+        self.scored_step = step
+        self.write_record({"step": step, "epoch": step // self.steps_per_epoch} | scores)
+        for name, value in scores.items():
+            self.to_board("add_scalar", f"score/{name}", value, step)
+        path = self.out_dir / BEST
+        try:
+            best = load_data(path)["scores"]["intra_fid"]
+        except (OSError, ValueError, KeyError, TypeError):
+            best = math.inf
+        if scores["intra_fid"] < best:
+            with self.tolerating("the best generator"):
+                write_weights(path, pack_network(generator) | {"scores": {"step": step} | scores})
+        text = f"agreement {scores['agreement']:.2%}, FID {scores['fid']:.3f}, intra-FID {scores['intra_fid']:.3f}"
+        announce(f"After batch {step}: {text}{', the best so far' if scores['intra_fid'] < best else ''}.")
+
     def save_weights(self, generator, discriminator) -> None:
         """Write acgan_gen.pth and acgan_dist.pth: tensors and sizes only; `models.load_network` reads them."""
         for name, network in [("acgan_gen.pth", generator), ("acgan_dist.pth", discriminator)]:
-            buffer = io.BytesIO()  # so that a full disk shows as OSError, not as an error of the zip writer
-            torch.save(pack_network(network), buffer)
-            with whole_file(self.out_dir / name) as file:
-                file.write(buffer.getbuffer())
+            write_weights(self.out_dir / name, pack_network(network))
 
 
 def same_folder(a: Path, b: Path) -> bool:
@@ -356,6 +377,8 @@ def bring_back_records(source: Path, out_dir: Path, log_dir: Path, sizes: dict[s
         sizes: bytes to keep of metrics.jsonl and of each event file, by its path in the folder that they were in.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
+    if (source / BEST).exists() and not same_folder(source, out_dir):
+        shutil.copyfile(source / BEST, out_dir / BEST)
     kept = set()
     for name, size in sizes.items():
         name = Path(name)
@@ -417,7 +440,7 @@ def earlier_log_dir(out_dir: Path) -> Path | None:
 def set_aside_earlier_run(out_dir: Path) -> None:
     """Move an earlier run's files from `out_dir` to the folder of that run below logs/, and say so."""
     # config.json last: it names the folder
-    names = ["metrics.jsonl", "acgan_gen.pth", "acgan_dist.pth", NEWEST, PREVIOUS, "config.json"]
+    names = ["metrics.jsonl", "acgan_gen.pth", "acgan_dist.pth", BEST, NEWEST, PREVIOUS, "config.json"]
     files = [out_dir / name for name in names if (out_dir / name).exists()]
     if not files:
         return

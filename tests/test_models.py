@@ -96,6 +96,6 @@ def test_weight_files_that_are_none_get_one_clear_line(tmp_path):
     contents = [path.read_bytes(), b"", b"text", whole[:1000], whole[:-1000], pickle.dumps(RunsCode(str(marker)), 2)]
     for content in contents:
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="damaged, or is not a weight file"):
+        with pytest.raises(ValueError, match="damaged, or is no Generator or Discriminator"):
             load_network(path)
     assert not marker.exists()

@@ -1,0 +1,87 @@
+"""What the commands share: flags with one-line errors, and every failure as one line and an exit status."""
+
+import argparse
+import difflib
+import math
+import signal
+from pathlib import Path
+
+from utils import BadInput, Stopped, announce, out_of_memory, raise_stopped, stop_signals
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, with a guess at a mistyped flag; exit status 2."""
+
+    def error(self, message: str):
+        if message.startswith("unrecognized arguments: "):
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            typed = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
+            near = difflib.get_close_matches(typed, flags, n=1)
+            message += f" (did you mean {near[0]}?)" if near else " (--help lists the flags)"
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(kind: type, wanted: str, accept):
+    """An argparse type: a finite `kind` that `accept` takes, or else an error that says what is `wanted`."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+            if math.isfinite(value) and accept(value):
+                return value
+        except (ValueError, OverflowError):
+            pass
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+
+    return parse
+
+
+def flag(group, name: str, kind, default, text: str, metavar: str = "N", shown: str = "%(default)s", **kwargs) -> None:
+    """Add a flag whose help ends with its default; `shown` says it in words."""
+    group.add_argument(name, type=kind, default=default, metavar=metavar, help=f"{text} (default: {shown})", **kwargs)
+
+
+def device_flag(group) -> None:
+    """Add --device."""
+    group.add_argument(
+        "--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
+        help="where to compute; auto takes a GPU if there is one (default: %(default)s)",
+    )  # fmt: skip
+
+
+WHOLE = number(int, "a whole number from 1 to 2147483647", lambda value: 1 <= value < 2**31)
+SEED = number(int, "a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)
+
+
+def exit_status(prog: str, command) -> int:
+    """Call `command()`, which writes what a person asked for, and return the exit status.
+
+    0 done, 2 bad input, too little memory or a disk that cannot be written (one line says so), 128 + N for signal N.
+    """
+    for stop_signal in stop_signals():
+        signal.signal(stop_signal, raise_stopped)
+    try:
+        command()
+        return 0
+    except BadInput as error:
+        announce(f"{prog}: error: {error}")
+    except Stopped as stopped:
+        announce("Stopped; nothing was written.")
+        return stopped.exit_status
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        announce(f"{prog}: error: not enough memory; ask for fewer images")
+    except OSError as error:
+        announce(f"{prog}: error: cannot write {error.filename or 'its output'}: {error.strerror or error}")
+    return 2
+
+
+def read_network(what: str, path: Path, loader):
+    """`loader(path)`, with one line for a file that is missing or is none of its kind."""
+    try:
+        return loader(path)
+    except OSError as error:
+        raise BadInput(f"{what}: cannot read {str(path)!r} ({error.strerror or error})") from error
+    except ValueError as error:
+        raise BadInput(f"{what}: {error}") from error

@@ -1,0 +1,349 @@
+"""The scorecard of a trained generator, each figure beside what real digits get.
+
+python evaluate.py                    # the generator that comes along
+python evaluate.py acgan_gen.pth      # your own; two minutes on two cores
+python evaluate.py --full --json      # more images; for programs
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from command_line import SEED, OneLineParser, device_flag, exit_status, flag, read_network
+from dataset import load_mnist, normalize
+from generate import WEIGHTS, draw_set, load_generator
+from judge import WEIGHTS as JUDGE_WEIGHTS
+from judge import Judge, load_judge
+from models import Discriminator, Generator, load_network
+from scores import (
+    Judged,
+    agreement,
+    check_torchmetrics,
+    classification_accuracy_score,
+    density_and_coverage,
+    fid,
+    scores_by_class,
+    show_to,
+)
+from speed import tune_process
+from utils import BadInput, Stopped, announce, choose_device, print_line
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many images each measure takes, per class, and passes of CAS over its own."""
+
+    scored: int
+    cas: int
+    cas_epochs: int
+    pairs: int
+
+
+QUICK = Counts(scored=1000, cas=3000, cas_epochs=2, pairs=200)
+FULL = Counts(scored=5000, cas=5000, cas_epochs=5, pairs=1000)
+
+# key, its name in the table, which way is good, and how to print it
+ROWS = [
+    ("agreement", "label agreement", "up", "{:.2%}"),
+    ("fid", "FID, in the judge's features", "down", "{:.3f}"),
+    ("intra_fid", "intra-FID, mean of the classes", "down", "{:.3f}"),
+    ("density", "density", "up", "{:.3f}"),
+    ("coverage", "coverage", "up", "{:.3f}"),
+    ("ms_ssim", "same-class MS-SSIM", "as real", "{:.3f}"),
+    ("cas", "CAS", "up", "{:.2%}"),
+    ("d_accuracy", "D's own accuracy", "", "{:.2%}"),
+    ("d_validity", "D's mean P(real)", "", "{:.2f}"),
+]
+CLASS_ROWS = [row for row in ROWS if row[0] in ("agreement", "fid", "density", "coverage", "ms_ssim")]
+
+
+def balanced(images, labels, per_class: int, n_classes: int, seed: int):
+    """`per_class` random images of each class, or as many as the smallest class has; the classes in turn.
+
+    Returns:
+        images, uint8 (N, C, H, W), and labels, int64 (N,).
+
+    Raises:
+        BadInput: a class has fewer than two images.
+    """
+    counts = torch.bincount(labels, minlength=n_classes)
+    if counts.min() < 2:
+        raise BadInput(f"class {int(counts.argmin())} has {int(counts.min())} real images: too few to compare with")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    per_class = min(per_class, int(counts.min()))
+    by_class = [order[labels[order] == label][:per_class] for label in range(n_classes)]
+    indices = torch.stack(by_class, 1).flatten()
+    return images[indices], labels[indices]
+
+
+def collapsed(generated: float, real: float) -> bool:
+    """True if a class's mean MS-SSIM is over a quarter of the way from that of real images to that of one image, 1."""
+    return generated > real + (1 - real) / 4
+
+
+@torch.no_grad()
+def discriminator_opinion(discriminator: Discriminator, images, labels, device) -> tuple[float, float]:
+    """D in eval mode on uint8 images: the share of classes it gets right, and its mean P(real)."""
+    discriminator.eval()
+    right, validity = 0, 0.0
+    for chunk, chunk_labels in zip(images.split(500), labels.split(500), strict=True):
+        real, label = discriminator(normalize(chunk.to(device)))
+        right += (label.argmax(1).cpu() == chunk_labels).sum().item()
+        validity += real.double().sum().item()
+    return right / len(labels), validity / len(labels)
+
+
+def compare(real: Judged, candidate: Judged, counts: Counts, n_classes: int, seed: int) -> tuple[dict, list[dict]]:
+    """All scores of `candidate` against `real` but CAS and D's: overall, and by class."""
+    by_class = scores_by_class(real, candidate, counts.pairs, seed, n_classes)
+    density, coverage = density_and_coverage(real.features, candidate.features)
+    overall = {
+        "agreement": agreement(candidate),
+        "fid": fid(real.features, candidate.features),
+        "intra_fid": sum(row["fid"] for row in by_class) / n_classes,
+        "density": density,
+        "coverage": coverage,
+        "ms_ssim": sum(row["ms_ssim"] for row in by_class) / n_classes,
+    }
+    return overall, by_class
+
+
+def scorecard(
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    train_set: tuple[torch.Tensor, torch.Tensor],
+    test_set: tuple[torch.Tensor, torch.Tensor],
+    judge: Judge,
+    counts: Counts,
+    seed: int = 0,
+    discriminator: Discriminator | None = None,
+    device: torch.device | str = "cpu",
+) -> dict:
+    """Score images beside the real floor: as many training images, scored in the same way against the test set.
+
+    The judge has learnt from the training images, so the floor of the agreement is that of the test images.
+
+    Args:
+        images, labels: to be scored, uint8 (N, C, H, W) and int64 (N,), the classes in turn, `counts.cas` of each.
+        train_set, test_set: real images and labels, likewise, in any order.
+        judge: of these classes.
+        counts: images for each measure.
+        seed: of the choice of training images, of pairs and of the CAS classifiers.
+        discriminator: whose opinion is told too.
+        device: where to compute.
+
+    Returns:
+        {"scores": {measure: {"generated": x, "real": y}}, "by_class": [the same for each class], "warnings": [...]}.
+    """
+    n_classes = judge.config["n_classes"]
+    n_scored = counts.scored * n_classes
+    real = show_to(judge, *test_set)
+    floor_images, floor_labels = balanced(*train_set, counts.cas, n_classes, seed)
+
+    generated, generated_rows = compare(
+        real, show_to(judge, images[:n_scored], labels[:n_scored]), counts, n_classes, seed
+    )
+    floor, floor_rows = compare(
+        real, show_to(judge, floor_images[:n_scored], floor_labels[:n_scored]), counts, n_classes, seed
+    )
+    floor["agreement"] = agreement(real)
+    for label, row in enumerate(floor_rows):
+        row["agreement"] = agreement(real.of_class(label))
+
+    for scores, cas_set in [(generated, (images, labels)), (floor, (floor_images, floor_labels))]:
+        scores["cas"] = classification_accuracy_score(*cas_set, *test_set, counts.cas_epochs, seed, device)
+    if discriminator is not None:
+        for scores, seen in [(generated, (images[:n_scored], labels[:n_scored])), (floor, test_set)]:
+            scores["d_accuracy"], scores["d_validity"] = discriminator_opinion(discriminator, *seen, device)
+
+    def side_by_side(ours, theirs):
+        return {name: {"generated": ours[name], "real": theirs[name]} for name in ours}
+
+    by_class = [side_by_side(*rows) for rows in zip(generated_rows, floor_rows, strict=True)]
+    return {
+        "scores": side_by_side(generated, floor),
+        "by_class": by_class,
+        "warnings": [
+            f"class {label} has collapsed: its images are too much alike"
+            for label, row in enumerate(by_class)
+            if collapsed(**row["ms_ssim"])
+        ],
+    }
+
+
+def table(card: dict) -> str:
+    """The scorecard for people."""
+    lines = [
+        f"{card['weights']}: {card['images']:,} images, seed {card['seed']}, beside real training images,",
+        f"both against the {card['test_images']:,} test images. FID, density and coverage are taken in",
+        f"{card['feature_space']}",
+        "",
+        f"{'':34}{'good':>8}{'generated':>12}{'real':>10}",
+    ]
+    for key, name, good, form in ROWS:
+        if key in card["scores"]:
+            values = card["scores"][key]
+            lines.append(f"{name:34}{good:>8}{form.format(values['generated']):>12}{form.format(values['real']):>10}")
+    lines += ["", f"{'class':8}" + "".join(f"{key.replace('_', '-'):>18}" for key, *_ in CLASS_ROWS)]
+    for label, row in enumerate(card["by_class"]):
+        cells = [
+            f"{form.format(row[key]['generated'])} ({form.format(row[key]['real'])})" for key, *_, form in CLASS_ROWS
+        ]
+        lines.append(f"{label:<8}" + "".join(f"{cell:>18}" for cell in cells))
+    lines += ["", "In brackets: real images. CAS: a classifier trained on these images alone, tested on real ones."]
+    lines += [f"Warning: {warning}." for warning in card["warnings"]]
+    return "\n".join(lines)
+
+
+class EpochScores:
+    """Scores G every so many epochs of a training, and keeps the best one beside the last.
+
+    The images are compared with real training digits, so that the test digits have no part in the choice. The best G
+    has the lowest mean FID of the classes, which sees wrong classes and missing variety alike. The random streams of
+    the training are left alone.
+
+    Args:
+        interval: epochs between scores; None for none at all.
+        generator: of the training; scored as it is at the time.
+        images, labels: the training set, uint8 (N, C, H, W) and int64 (N,).
+        log: the RunLog, which records the scores and writes the best G.
+        judge_path: file of the judge.
+        steps_per_epoch: batches an epoch.
+        steps: batches done so far; if they end with an epoch whose scoring was cut short, it is made up for.
+
+    Raises:
+        BadInput: torchmetrics or the judge is missing, or the judge is for other images.
+    """
+
+    SCORED = 1000  # images of each class
+
+    def __init__(self, interval, generator, images, labels, log, judge_path, steps_per_epoch, steps):
+        self.interval, self.generator, self.log, self.steps_per_epoch = interval, generator, log, steps_per_epoch
+        if interval is None:
+            return
+        check_torchmetrics("argument --eval_interval")
+        self.judge = load_judge(judge_path, next(generator.parameters()).device)
+        check_judge(self.judge, generator)
+        self.n_classes = generator.config["n_classes"]
+        self.real = show_to(self.judge, *balanced(images, labels, self.SCORED, self.n_classes, seed=0))
+        if steps % steps_per_epoch == 0 and steps > 0 and log.scored_step != steps - 1:
+            self.after_epoch(steps // steps_per_epoch - 1)
+
+    def after_epoch(self, epoch: int) -> None:
+        """Score G, if it is time to, after `epoch`, counted from 0."""
+        if self.interval is None or (epoch + 1) % self.interval:
+            return
+        with contextlib.suppress(Stopped):  # the loop, which knows of the signal too, ends the run in good order
+            labels = torch.arange(self.n_classes).repeat(self.SCORED)
+            images = torch.cat(list(draw_set(self.generator, labels, seed=0)))
+            drawn = show_to(self.judge, images, labels)
+            parts = [(self.real.of_class(label), drawn.of_class(label)) for label in range(self.n_classes)]
+            scores = {
+                "agreement": agreement(drawn),
+                "fid": fid(self.real.features, drawn.features),
+                "intra_fid": sum(fid(ours.features, theirs.features) for ours, theirs in parts) / self.n_classes,
+            }
+            self.log.scores((epoch + 1) * self.steps_per_epoch - 1, scores, self.generator)
+
+
+def check_judge(judge: Judge, generator: Generator) -> None:
+    """Raise BadInput unless the judge knows the images that G draws."""
+    if any(generator.config[name] != judge.config[name] for name in judge.config):
+        raise BadInput(
+            f"argument --judge: it knows images of {judge.config}, but the generator draws {generator.config}; "
+            "judge.py trains one"
+        )
+
+
+def load_discriminator(given: Path | None, weights: Path, generator: Generator, device) -> Discriminator | None:
+    """The D named on the command line, or the one beside the generator, if there is one that fits. Raises BadInput."""
+    path = given or weights.with_name("acgan_dist.pth")
+    if given is None and not path.exists():
+        return None
+    loader = lambda path: load_network(path, device, kinds=(Discriminator,))  # noqa: E731
+    discriminator = read_network("argument --discriminator", path, loader)
+    config = discriminator.config
+    if any(config[name] != generator.config[name] for name in config):
+        raise BadInput(f"argument --discriminator: {str(path)!r} is for other images than the generator draws")
+    return discriminator
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; bad flags end the program with one line and exit status 2."""
+    parser = OneLineParser(prog="evaluate.py", description="Score a generator of digits.", allow_abbrev=False)
+    parser.add_argument(
+        "weights", nargs="?", type=Path, default=WEIGHTS, metavar="acgan_gen.pth",
+        help="generator to score, as acgan.py writes it (default: the one that comes along)",
+    )  # fmt: skip
+    flag(
+        parser, "--discriminator", Path, None, "whose own opinion is told too",
+        "FILE", "acgan_dist.pth beside the generator, if it is there",
+    )  # fmt: skip
+    flag(parser, "--judge", Path, JUDGE_WEIGHTS, "the judge, as judge.py writes it", "FILE", "the one that comes along")
+    parser.add_argument(
+        "--full", action="store_true",
+        help=f"score {FULL.scored * 10:,} images in place of {QUICK.scored * 10:,}: some ten minutes (default: off)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print the scorecard as JSON (default: as a table)")
+    flag(parser, "--seed", SEED, 0, "seed of the images to score and of everything drawn for it")
+    flag(
+        parser, "--data_root", Path, HERE / "data" / "unpacked", "folder of the unpacked digits",
+        "DIR", "data/unpacked beside evaluate.py",
+    )  # fmt: skip
+    device_flag(parser)
+    return parser.parse_args(argv)
+
+
+def evaluate(opt: argparse.Namespace) -> dict:
+    """The scorecard that the options of parse_args ask for, with how it was made. Raises BadInput."""
+    start = time.monotonic()
+    check_torchmetrics("evaluate.py")
+    device, _ = choose_device(opt.device)
+    tune_process(device)
+    generator = load_generator(opt.weights, device)
+    judge = load_judge(opt.judge, device)
+    check_judge(judge, generator)
+    discriminator = load_discriminator(opt.discriminator, opt.weights, generator, device)
+    counts = FULL if opt.full else QUICK
+    n_classes, img_size = judge.config["n_classes"], judge.config["img_size"]
+    train_set, test_set = (load_mnist(opt.data_root, img_size, train) for train in (True, False))
+    labels = torch.arange(n_classes).repeat(max(counts.scored, counts.cas))
+    images = torch.cat(list(draw_set(generator, labels, opt.seed)))
+    card = scorecard(images, labels, train_set, test_set, judge, counts, opt.seed, discriminator, device)
+    made = {
+        "weights": str(opt.weights),
+        "images": counts.scored * n_classes,
+        "cas_images": counts.cas * n_classes,
+        "test_images": len(test_set[1]),
+        "seed": opt.seed,
+        "feature_space": f"the judge's last {judge.head.in_features} features: this is no Inception FID.",
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    return made | card
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: returns the exit status, as command_line.exit_status."""
+    opt = parse_args(argv)
+
+    def command():
+        card = evaluate(opt)
+        if opt.json:
+            print_line(json.dumps(card, indent=2))
+            return
+        print_line(table(card))
+        announce(f"Took {card['seconds']:.0f} s.")
+
+    return exit_status("evaluate.py", command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
