@@ -214,7 +214,9 @@ def train(
             log.graphs(generator, discriminator, graph_z.to(device), graph_label.to(device), graph_img.to(device))
         elif checkpoint["file"] != opt.out_dir / NEWEST:
             checkpoints.save(steps, rotate=False)  # the record was cut back to it, so it is the newest now
-        scores = EpochScores(opt.eval_interval, generator, images, labels, log, opt.judge, len(batches), steps)
+        scores = EpochScores(
+            opt.eval_interval, generator, discriminator, images, labels, log, opt.judge, len(batches), steps
+        )
 
         def train_batch(generator, discriminator, indices):
             real_imgs, real_labels = batches.gather(indices)
@@ -352,7 +354,7 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
     flag(
         group, "--eval_interval", WHOLE, None,
         "epochs between scores of G: label agreement and FID, in TensorBoard and metrics.jsonl; the best G is kept in "
-        "acgan_gen_best.pth. Needs requirements-eval.txt",
+        "acgan_gen_best.pth, with its D. Needs requirements-eval.txt",
         shown="no scores",
     )  # fmt: skip
     flag(

@@ -212,7 +212,7 @@ class EpochScores:
 
     Args:
         interval: epochs between scores; None for none at all.
-        generator: of the training; scored as it is at the time.
+        generator, discriminator: of the training; G is scored as it is at the time.
         images, labels: the training set, uint8 (N, C, H, W) and int64 (N,).
         log: the RunLog, which records the scores and writes the best G.
         judge_path: file of the judge.
@@ -225,8 +225,9 @@ class EpochScores:
 
     SCORED = 1000  # images of each class
 
-    def __init__(self, interval, generator, images, labels, log, judge_path, steps_per_epoch, steps):
-        self.interval, self.generator, self.log, self.steps_per_epoch = interval, generator, log, steps_per_epoch
+    def __init__(self, interval, generator, discriminator, images, labels, log, judge_path, steps_per_epoch, steps):
+        self.interval, self.log, self.steps_per_epoch = interval, log, steps_per_epoch
+        self.generator, self.discriminator = generator, discriminator
         if interval is None:
             return
         check_torchmetrics("argument --eval_interval")
@@ -251,7 +252,7 @@ class EpochScores:
                 "fid": fid(self.real.features, drawn.features),
                 "intra_fid": sum(fid(ours.features, theirs.features) for ours, theirs in parts) / self.n_classes,
             }
-            self.log.scores((epoch + 1) * self.steps_per_epoch - 1, scores, self.generator)
+            self.log.scores((epoch + 1) * self.steps_per_epoch - 1, scores, self.generator, self.discriminator)
 
 
 def check_judge(judge: Judge, generator: Generator) -> None:
@@ -265,8 +266,8 @@ def check_judge(judge: Judge, generator: Generator) -> None:
 
 def load_discriminator(given: Path | None, weights: Path, generator: Generator, device) -> Discriminator | None:
     """The D named on the command line, or the one beside the generator, if there is one that fits. Raises BadInput."""
-    path = given or weights.with_name("acgan_dist.pth")
-    if given is None and not path.exists():
+    path = given or weights.with_name(weights.name.replace("gen", "dist"))
+    if given is None and (path == weights or not path.exists()):
         return None
     loader = lambda path: load_network(path, device, kinds=(Discriminator,))  # noqa: E731
     discriminator = read_network("argument --discriminator", path, loader)
@@ -285,7 +286,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     flag(
         parser, "--discriminator", Path, None, "whose own opinion is told too",
-        "FILE", "acgan_dist.pth beside the generator, if it is there",
+        "FILE", "the file beside the generator with dist for gen in its name, if there is one",
     )  # fmt: skip
     flag(parser, "--judge", Path, JUDGE_WEIGHTS, "the judge, as judge.py writes it", "FILE", "the one that comes along")
     parser.add_argument(

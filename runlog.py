@@ -26,7 +26,7 @@ from checkpoint import NEWEST, PREVIOUS
 from models import pack_network, write_weights
 from utils import BadInput, Diverged, announce, check_writable, load_data, on_terminal, print_line, whole_file
 
-BEST = "acgan_gen_best.pth"
+BEST = ("acgan_gen_best.pth", "acgan_dist_best.pth")
 
 # TensorBoard's name for each per-batch curve; the keys are those of metrics.jsonl.
 CURVES = {
@@ -316,20 +316,20 @@ class RunLog:
             file.write(buffer.getbuffer())
         self.to_board("add_image", kind, grid, step)
 
-    def scores(self, step: int, scores: dict[str, float], generator) -> None:
-        """Record G's scores after batch `step`, and keep G in acgan_gen_best.pth if its intra_fid is the lowest yet."""
+    def scores(self, step: int, scores: dict[str, float], generator, discriminator) -> None:
+        """Record G's scores after batch `step`; if its intra_fid is the lowest yet, keep it and its D as `BEST`."""
         self.scored_step = step
         self.write_record({"step": step, "epoch": step // self.steps_per_epoch} | scores)
         for name, value in scores.items():
             self.to_board("add_scalar", f"score/{name}", value, step)
-        path = self.out_dir / BEST
         try:
-            best = load_data(path)["scores"]["intra_fid"]
+            best = load_data(self.out_dir / BEST[0])["scores"]["intra_fid"]
         except (OSError, ValueError, KeyError, TypeError):
             best = math.inf
         if scores["intra_fid"] < best:
             with self.tolerating("the best generator"):
-                write_weights(path, pack_network(generator) | {"scores": {"step": step} | scores})
+                for name, network in zip(BEST, (generator, discriminator), strict=True):
+                    write_weights(self.out_dir / name, pack_network(network) | {"scores": {"step": step} | scores})
         text = f"agreement {scores['agreement']:.2%}, FID {scores['fid']:.3f}, intra-FID {scores['intra_fid']:.3f}"
         announce(f"After batch {step}: {text}{', the best so far' if scores['intra_fid'] < best else ''}.")
 
@@ -377,8 +377,9 @@ def bring_back_records(source: Path, out_dir: Path, log_dir: Path, sizes: dict[s
         sizes: bytes to keep of metrics.jsonl and of each event file, by its path in the folder that they were in.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
-    if (source / BEST).exists() and not same_folder(source, out_dir):
-        shutil.copyfile(source / BEST, out_dir / BEST)
+    for name in BEST:
+        if (source / name).exists() and not same_folder(source, out_dir):
+            shutil.copyfile(source / name, out_dir / name)
     kept = set()
     for name, size in sizes.items():
         name = Path(name)
@@ -440,7 +441,7 @@ def earlier_log_dir(out_dir: Path) -> Path | None:
 def set_aside_earlier_run(out_dir: Path) -> None:
     """Move an earlier run's files from `out_dir` to the folder of that run below logs/, and say so."""
     # config.json last: it names the folder
-    names = ["metrics.jsonl", "acgan_gen.pth", "acgan_dist.pth", BEST, NEWEST, PREVIOUS, "config.json"]
+    names = ["metrics.jsonl", "acgan_gen.pth", "acgan_dist.pth", *BEST, NEWEST, PREVIOUS, "config.json"]
     files = [out_dir / name for name in names if (out_dir / name).exists()]
     if not files:
         return
