@@ -203,6 +203,7 @@ def train(
         restore(checkpoint, device, **parts)
 
     fixed_z = fixed_noise(opt.n_classes, opt.latent_dim)
+    scores = EpochScores(opt.eval_interval, opt.judge, generator, discriminator, images, labels, len(batches))
     options = options_as_data(opt)
     settings = {"options": options, "seed": opt.seed, "device": str(device)}
     with (
@@ -214,9 +215,7 @@ def train(
             log.graphs(generator, discriminator, graph_z.to(device), graph_label.to(device), graph_img.to(device))
         elif checkpoint["file"] != opt.out_dir / NEWEST:
             checkpoints.save(steps, rotate=False)  # the record was cut back to it, so it is the newest now
-        scores = EpochScores(
-            opt.eval_interval, generator, discriminator, images, labels, log, opt.judge, len(batches), steps
-        )
+        scores.begin(log, steps)
 
         def train_batch(generator, discriminator, indices):
             real_imgs, real_labels = batches.gather(indices)

@@ -101,81 +101,85 @@ def discriminator_opinion(discriminator: Discriminator, images, labels, device) 
     return right / len(labels), validity / len(labels)
 
 
-def compare(real: Judged, candidate: Judged, counts: Counts, n_classes: int, seed: int) -> tuple[dict, list[dict]]:
-    """All scores of `candidate` against `real` but CAS and D's: overall, and by class."""
-    by_class = scores_by_class(real, candidate, counts.pairs, seed, n_classes)
-    density, coverage = density_and_coverage(real.features, candidate.features)
-    overall = {
-        "agreement": agreement(candidate),
-        "fid": fid(real.features, candidate.features),
-        "intra_fid": sum(row["fid"] for row in by_class) / n_classes,
-        "density": density,
-        "coverage": coverage,
-        "ms_ssim": sum(row["ms_ssim"] for row in by_class) / n_classes,
-    }
-    return overall, by_class
-
-
-def scorecard(
+def score(
     images: torch.Tensor,
     labels: torch.Tensor,
-    train_set: tuple[torch.Tensor, torch.Tensor],
-    test_set: tuple[torch.Tensor, torch.Tensor],
+    real: Judged,
     judge: Judge,
     counts: Counts,
     seed: int = 0,
     discriminator: Discriminator | None = None,
     device: torch.device | str = "cpu",
-) -> dict:
-    """Score images beside the real floor: as many training images, scored in the same way against the test set.
-
-    The judge has learnt from the training images, so the floor of the agreement is that of the test images.
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Score images against the real test set.
 
     Args:
-        images, labels: to be scored, uint8 (N, C, H, W) and int64 (N,), the classes in turn, `counts.cas` of each.
-        train_set, test_set: real images and labels, likewise, in any order.
+        images, labels: uint8 (N, C, H, W) and int64 (N,), the classes in turn, N at least what `counts` says.
+        real: the test set.
         judge: of these classes.
         counts: images for each measure.
-        seed: of the choice of training images, of pairs and of the CAS classifiers.
+        seed: of the pairs and of the CAS classifier.
         discriminator: whose opinion is told too.
         device: where to compute.
+
+    Returns:
+        The scores, and for each class those that go by class; ROWS says what they are.
+    """
+    n_classes = judge.config["n_classes"]
+    n_scored, n_cas = counts.scored * n_classes, counts.cas * n_classes
+    shown = show_to(judge, images[:n_scored], labels[:n_scored])
+    by_class = scores_by_class(real, shown, counts.pairs, seed, n_classes)
+    density, coverage = density_and_coverage(real.features, shown.features)
+    scores = {
+        "agreement": agreement(shown),
+        "fid": fid(real.features, shown.features),
+        "intra_fid": sum(row["fid"] for row in by_class) / n_classes,
+        "density": density,
+        "coverage": coverage,
+        "ms_ssim": sum(row["ms_ssim"] for row in by_class) / n_classes,
+        "cas": classification_accuracy_score(
+            images[:n_cas], labels[:n_cas], real.images, real.labels, counts.cas_epochs, seed, device
+        ),
+    }
+    if discriminator is not None:
+        opinion = discriminator_opinion(discriminator, shown.images, shown.labels, device)
+        scores["d_accuracy"], scores["d_validity"] = opinion
+    return scores, by_class
+
+
+def scorecard(images, labels, train_set, test_set, judge, counts, seed=0, discriminator=None, device="cpu") -> dict:
+    """Score images beside the real floor: as many training images, scored in the same way against the test set.
+
+    The judge has learnt from the training images, and D as well, so for what these two recognise the floor is what they
+    make of the test images.
+
+    Args:
+        images, labels, judge, counts, seed, discriminator, device: as of `score`.
+        train_set, test_set: real images and labels, uint8 (N, C, H, W) and int64 (N,), in any order.
 
     Returns:
         {"scores": {measure: {"generated": x, "real": y}}, "by_class": [the same for each class], "warnings": [...]}.
     """
     n_classes = judge.config["n_classes"]
-    n_scored = counts.scored * n_classes
     real = show_to(judge, *test_set)
-    floor_images, floor_labels = balanced(*train_set, counts.cas, n_classes, seed)
-
-    generated, generated_rows = compare(
-        real, show_to(judge, images[:n_scored], labels[:n_scored]), counts, n_classes, seed
-    )
-    floor, floor_rows = compare(
-        real, show_to(judge, floor_images[:n_scored], floor_labels[:n_scored]), counts, n_classes, seed
-    )
+    how = (real, judge, counts, seed, discriminator, device)
+    generated, generated_rows = score(images, labels, *how)
+    floor, floor_rows = score(*balanced(*train_set, max(counts.scored, counts.cas), n_classes, seed), *how)
     floor["agreement"] = agreement(real)
     for label, row in enumerate(floor_rows):
         row["agreement"] = agreement(real.of_class(label))
-
-    for scores, cas_set in [(generated, (images, labels)), (floor, (floor_images, floor_labels))]:
-        scores["cas"] = classification_accuracy_score(*cas_set, *test_set, counts.cas_epochs, seed, device)
     if discriminator is not None:
-        for scores, seen in [(generated, (images[:n_scored], labels[:n_scored])), (floor, test_set)]:
-            scores["d_accuracy"], scores["d_validity"] = discriminator_opinion(discriminator, *seen, device)
+        floor["d_accuracy"], floor["d_validity"] = discriminator_opinion(discriminator, *test_set, device)
 
     def side_by_side(ours, theirs):
         return {name: {"generated": ours[name], "real": theirs[name]} for name in ours}
 
     by_class = [side_by_side(*rows) for rows in zip(generated_rows, floor_rows, strict=True)]
+    collapses = [label for label, row in enumerate(by_class) if collapsed(**row["ms_ssim"])]
     return {
         "scores": side_by_side(generated, floor),
         "by_class": by_class,
-        "warnings": [
-            f"class {label} has collapsed: its images are too much alike"
-            for label, row in enumerate(by_class)
-            if collapsed(**row["ms_ssim"])
-        ],
+        "warnings": [f"class {label} has collapsed: its images are too much alike" for label in collapses],
     }
 
 
@@ -212,12 +216,10 @@ class EpochScores:
 
     Args:
         interval: epochs between scores; None for none at all.
+        judge_path: file of the judge.
         generator, discriminator: of the training; G is scored as it is at the time.
         images, labels: the training set, uint8 (N, C, H, W) and int64 (N,).
-        log: the RunLog, which records the scores and writes the best G.
-        judge_path: file of the judge.
         steps_per_epoch: batches an epoch.
-        steps: batches done so far; if they end with an epoch whose scoring was cut short, it is made up for.
 
     Raises:
         BadInput: torchmetrics or the judge is missing, or the judge is for other images.
@@ -225,8 +227,8 @@ class EpochScores:
 
     SCORED = 1000  # images of each class
 
-    def __init__(self, interval, generator, discriminator, images, labels, log, judge_path, steps_per_epoch, steps):
-        self.interval, self.log, self.steps_per_epoch = interval, log, steps_per_epoch
+    def __init__(self, interval, judge_path, generator, discriminator, images, labels, steps_per_epoch):
+        self.interval, self.steps_per_epoch = interval, steps_per_epoch
         self.generator, self.discriminator = generator, discriminator
         if interval is None:
             return
@@ -235,8 +237,12 @@ class EpochScores:
         check_judge(self.judge, generator)
         self.n_classes = generator.config["n_classes"]
         self.real = show_to(self.judge, *balanced(images, labels, self.SCORED, self.n_classes, seed=0))
-        if steps % steps_per_epoch == 0 and steps > 0 and log.scored_step != steps - 1:
-            self.after_epoch(steps // steps_per_epoch - 1)
+
+    def begin(self, log, steps: int) -> None:
+        """Record in `log`, a RunLog, after `steps` batches; a scoring that was cut short there is made up for."""
+        self.log = log
+        if steps and steps % self.steps_per_epoch == 0 and log.scored_step != steps - 1:
+            self.after_epoch(steps // self.steps_per_epoch - 1)
 
     def after_epoch(self, epoch: int) -> None:
         """Score G, if it is time to, after `epoch`, counted from 0."""

@@ -88,7 +88,7 @@ def train_classifier(images, labels, n_classes: int, epochs: int, seed: int, dev
     Returns:
         The classifier, in eval mode.
     """
-    batch_size = min(128, len(labels))
+    device, batch_size = torch.device(device), min(128, len(labels))
     images, labels = images.to(device), labels.to(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

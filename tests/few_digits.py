@@ -15,5 +15,6 @@ def first(n: int):
 
 
 if __name__ == "__main__":
+    acgan.EpochScores.SCORED = 50
     acgan.load_mnist = first(int(sys.argv[1]))
     sys.exit(acgan.main(sys.argv[2:]))
