@@ -24,6 +24,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
+from batches import ShuffledBatches, StreamedBatches
 from checkpoint import (
     CONTINUED,
     MATHEMATICS,
@@ -31,16 +32,18 @@ from checkpoint import (
     Checkpoints,
     check_nothing_unfinished,
     describe_last,
+    find_checkpoint,
     read_checkpoint,
     restore,
 )
 from command_line import SEED, WHOLE, OneLineParser, flag, number
-from dataset import MNIST, ShuffledBatches, load_mnist
+from dataset import MANY, NAMES, FolderImages, LabelledImages, load_dataset
 from evaluate import EpochScores
 from generate import draw_images
 from judge import WEIGHTS as JUDGE
 from models import Discriminator, Generator, weights_init_normal
-from runlog import RunLog, check_out_dir, check_records, earlier_log_dir, same_folder
+from processes import Processes
+from runlog import RunLog, SilentLog, check_out_dir, check_records, earlier_log_dir, same_folder
 from speed import accelerate, tune_process
 from utils import (
     BadInput,
@@ -153,17 +156,16 @@ def fixed_noise(n_classes: int, latent_dim: int) -> tuple[torch.Tensor, torch.Te
 
 def train(
     opt: argparse.Namespace,
-    device: torch.device,
-    images: torch.Tensor,
-    labels: torch.Tensor,
+    processes: Processes,
+    data: LabelledImages,
     checkpoint: dict | None = None,
 ) -> int:
     """Run the whole training in the tutorial's order of events, which fixes the random stream.
 
     Args:
         opt: the options of parse_args.
-        device: where to train.
-        images, labels: the training set, uint8 (N, C, H, W) and int64 (N,).
+        processes: this process among those that train together; often it is alone.
+        data: the training set.
         checkpoint: of read_checkpoint, to go on from; `opt` must have its options.
 
     Returns:
@@ -177,8 +179,12 @@ def train(
     seed_everything(opt.seed)
     generator = Generator(opt.n_classes, opt.latent_dim, opt.img_size, opt.channels, opt.upsample == "folded")
     discriminator = Discriminator(opt.n_classes, opt.img_size, opt.channels)
-    batches = ShuffledBatches(images, labels, opt.batch_size, device)
-    if opt.img_size == 16 and len(labels) % opt.batch_size == 1:
+    generator.classes = discriminator.classes = data.classes
+    device = processes.device
+    streamed = isinstance(data.images, FolderImages)
+    kind, workers = (StreamedBatches, {"workers": opt.n_cpu}) if streamed else (ShuffledBatches, {})
+    batches = kind(data.images, data.labels, opt.batch_size, device, **workers, **processes.shard())
+    if opt.img_size == 16 and batches.smallest() == 1:
         raise BadInput("argument --batch_size: at --img_size 16 the last batch must not be of one image")
     max_steps = min(opt.max_steps or math.inf, opt.n_epochs * len(batches))
     steps = checkpoint["steps"] if checkpoint else 0  # batches done
@@ -192,6 +198,8 @@ def train(
 
     generator.apply(weights_init_normal).to(device)
     discriminator.apply(weights_init_normal).to(device)
+    if opt.sync_bn == "on":
+        processes.synchronise_norms(generator, discriminator)
     # capturable: the step counts stay on the GPU, as a CUDA graph needs them
     adam = dict(lr=opt.lr, betas=(opt.b1, opt.b2), fused=True, capturable=device.type == "cuda")
     optimizer_G = torch.optim.Adam(generator.parameters(), **adam)
@@ -201,16 +209,16 @@ def train(
                  batches=batches)  # fmt: skip
     if checkpoint:
         restore(checkpoint, device, **parts)
+    networks = processes.wrap(generator, discriminator)
 
     fixed_z = fixed_noise(opt.n_classes, opt.latent_dim)
-    scores = EpochScores(opt.eval_interval, opt.judge, generator, discriminator, images, labels, len(batches))
+    eval_interval = opt.eval_interval if processes.first else None
+    scores = EpochScores(eval_interval, opt.judge, generator, discriminator, data, len(batches))
     options = options_as_data(opt)
-    settings = {"options": options, "seed": opt.seed, "device": str(device)}
-    with (
-        StopRequest() as stop,
-        RunLog(opt.out_dir, settings, len(batches), opt.n_epochs, max_steps, opt.log_interval, checkpoint) as log,
-    ):
-        checkpoints = Checkpoints(opt.out_dir, opt.checkpoint_interval, options, device, log, **parts)
+    settings = {"options": options, "seed": opt.seed, "device": str(device), "classes": data.classes}
+    record = (opt.out_dir, settings, len(batches), opt.n_epochs, max_steps, opt.log_interval, checkpoint)
+    with StopRequest() as stop, RunLog(*record) if processes.first else SilentLog() as log:
+        checkpoints = Checkpoints(opt.out_dir, opt.checkpoint_interval, options, device, log, processes.first, **parts)
         if not checkpoint:
             log.graphs(generator, discriminator, graph_z.to(device), graph_label.to(device), graph_img.to(device))
         elif checkpoint["file"] != opt.out_dir / NEWEST:
@@ -223,12 +231,11 @@ def train(
             gen_labels = draw_labels(len(indices), opt.n_classes, device)
             return train_step(generator, discriminator, optimizer_G, optimizer_D, real_imgs, real_labels, z, gen_labels)
 
-        train_batch = accelerate(
-            train_batch, generator, discriminator, opt.batch_size, max_steps - steps, opt.compile, opt.amp
-        )
+        train_batch = accelerate(train_batch, *networks, opt.batch_size, max_steps - steps, opt.compile, opt.amp)
 
         for epoch in range(steps // len(batches), opt.n_epochs):
             for indices in log.epoch(epoch, batches):
+                processes.start_batch(opt.seed, steps)
                 metrics = train_batch(indices)
 
                 batches_done = steps  # the tutorial counts from 0
@@ -241,10 +248,11 @@ def train(
                 if steps % len(batches) == 0:
                     log.end_epoch(batches_done, batches.gather(indices)[0], metrics, len(indices))
                     scores.after_epoch(epoch)
-                if stop.requested or steps == max_steps:
+                ending = processes.any(stop.requested) or steps == max_steps
+                if ending:
                     break
                 checkpoints.save_if_due(steps)
-            if stop.requested or steps == max_steps:
+            if ending:
                 break
 
         finish(checkpoints, log, generator, discriminator, steps, finished=steps == max_steps)
@@ -292,25 +300,39 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
     group = parser.add_argument_group("training")
     flag(group, "--n_epochs", WHOLE, 200, "passes over the data")
     flag(group, "--max_steps", WHOLE, None, "stop after N batches, for a quick look", shown="no limit")
-    flag(group, "--batch_size", WHOLE, 64, "images a batch")
+    flag(group, "--batch_size", WHOLE, 64, "images a batch, in each process where torchrun starts several")
     flag(group, "--lr", rate, 0.0002, "Adam: learning rate of both networks", "X")
     flag(group, "--b1", beta, 0.5, "Adam: decay of the gradient's mean, in [0, 1)", "X")
     flag(group, "--b2", beta, 0.999, "Adam: decay of the squared gradient's mean, in [0, 1)", "X")
     flag(group, "--seed", SEED, None, "seed of PyTorch and NumPy", shown="one is drawn and printed")
     group = parser.add_argument_group("networks")
     flag(group, "--latent_dim", WHOLE, 100, "size of the noise z and of the label embedding")
-    flag(group, "--n_classes", WHOLE, 10, "classes; must fit the data")
+    flag(group, "--n_classes", WHOLE, None, "classes: a check, as the data tells them", shown="the data's, 10 in MNIST")
     flag(group, "--img_size", side, 32, "image side in pixels, a multiple of 4 and at least 16")
-    flag(group, "--channels", WHOLE, 1, "image channels; must fit the data")
+    flag(
+        group, "--channels", WHOLE, None, "image channels: a check, as the data tells them",
+        shown="the data's, 1 in MNIST",
+    )  # fmt: skip
+    group.add_argument(
+        "--sync_bn", choices=["off", "on"], default="off",
+        help="with several GPUs: batch norm over all processes' batches, by SyncBatchNorm (default: %(default)s)",
+    )  # fmt: skip
     group = parser.add_argument_group("data")
+    group.add_argument(
+        "--dataset", choices=NAMES, default="mnist",
+        help="what to learn; folder reads DATA_ROOT/CLASS/*.png and *.jpg, grey if all of them are, else colour, "
+        "resized and cropped to squares, transparency laid on white; a damaged file is named and ends the run "
+        "(default: %(default)s)",
+    )  # fmt: skip
     flag(
         group, "--data_root", Path, HERE / "data" / "unpacked",
-        "folder of the unpacked and resized digits, 120 MB; filled by the first run",
+        "folder of the unpacked images (MNIST: 120 MB, filled by the first run), or of the classes' folders",
         "DIR", "data/unpacked beside acgan.py",
     )  # fmt: skip
     flag(
         group, "--n_cpu", WHOLE, 8,
-        "loader workers of the tutorial's script; accepted, but without effect: the images stay in memory",
+        f"workers that read a folder of {MANY:,} images or more, and, where it does not fit into memory, go on "
+        "reading; the other data sets stay in memory",
     )  # fmt: skip
     group = parser.add_argument_group("hardware").add_mutually_exclusive_group()
     group.add_argument(
@@ -382,13 +404,18 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
     if saved is not None and opt.sample_interval != saved.get("sample_interval"):
         announce("Another --sample_interval draws other noise: the run goes on, but not to the last bit.")
 
-    if opt.n_classes != len(MNIST.classes):
-        parser.error(f"argument --n_classes: MNIST has {len(MNIST.classes)} classes, not {opt.n_classes}")
-    if opt.channels != 1:
-        parser.error(f"argument --channels: MNIST's images are grey, so 1, not {opt.channels}")
     if opt.img_size == 16 and opt.batch_size == 1:
         parser.error("argument --batch_size: at --img_size 16, D's batch norm needs at least 2 images a batch")
     return opt
+
+
+def check_against_data(opt: argparse.Namespace, data: LabelledImages) -> None:
+    """Take the channels and the number of classes from the data; BadInput if they were given and are others."""
+    for name, found in [("n_classes", len(data.classes)), ("channels", data.images.shape[1])]:
+        given = getattr(opt, name)
+        if given not in (None, found):
+            raise BadInput(f"argument --{name}: the data ({opt.dataset}) has {found}, not {given}")
+        setattr(opt, name, found)
 
 
 def options_as_data(opt: argparse.Namespace) -> dict:
@@ -405,8 +432,11 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(sys, name) is None:  # closed by the shell
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     opt = parse_args(argv)
+    if opt.resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and find_checkpoint(opt.out_dir):
+        opt.resume = ""  # torchrun starts anew after a process was lost
     for stop_signal in stop_signals():
         signal.signal(stop_signal, raise_stopped)
+    processes = None
     try:
         checkpoint = None
         if opt.resume is not None:
@@ -415,6 +445,11 @@ def main(argv: list[str] | None = None) -> int:
             opt = parse_args(argv, checkpoint["options"])
         device, why = choose_device(opt.device)
         tune_process(device)
+        processes = Processes(device)
+        opt.processes = processes.world
+        if checkpoint and checkpoint["options"]["processes"] != processes.world:
+            raise BadInput(f"argument --resume: the checkpoint is of {checkpoint['options']['processes']} processes, "
+                           f"not of {processes.world}: start as many")  # fmt: skip
         check_out_dir(opt.out_dir)
         if not checkpoint or not same_folder(checkpoint["file"].parent, opt.out_dir):
             earlier_log_dir(opt.out_dir)  # raises where the folder is somebody else's
@@ -422,10 +457,15 @@ def main(argv: list[str] | None = None) -> int:
         if why:
             announce(why)
         if opt.seed is None:
-            opt.seed = draw_seed()
+            opt.seed = processes.from_first(draw_seed())
             announce(f"Seed: {opt.seed}; --seed {opt.seed} repeats this run.")
-        images, labels = load_mnist(opt.data_root, opt.img_size)
-        return train(opt, device, images, labels, checkpoint)
+        data = processes.first_goes_first(
+            lambda: load_dataset(opt.dataset, opt.data_root, opt.img_size, workers=opt.n_cpu)
+        )
+        check_against_data(opt, data)
+        status = train(opt, processes, data, checkpoint)
+        processes.close()
+        return status
     except BadInput as error:
         announce(f"acgan.py: error: {error}")
         return 2
@@ -436,6 +476,9 @@ def main(argv: list[str] | None = None) -> int:
         announce("Stopped at once; only what the last checkpoint holds is kept.")
         return stopped.exit_status
     except (MemoryError, RuntimeError) as error:
+        if processes is not None and processes.lost_one(error):
+            announce(f"acgan.py: error: another process of this run was lost; {describe_last(opt.out_dir)}")
+            return 1
         if not out_of_memory(error):
             raise
         announce("acgan.py: error: not enough memory; lower --batch_size, --img_size or --latent_dim")

@@ -15,10 +15,11 @@ FORMAT = "acgan checkpoint 1"
 
 # Options that change what is computed: a resumed run must have the checkpoint's.
 MATHEMATICS = ("seed", "batch_size", "lr", "b1", "b2", "latent_dim", "n_classes", "img_size", "channels", "upsample",
-               "amp")  # fmt: skip
+               "amp", "dataset", "sync_bn")  # fmt: skip
 # Options that a resumed run takes from the checkpoint unless the command line says otherwise. Another sample_interval
 # draws other noise, and another compile rounds otherwise: allowed, but not to the last bit.
 CONTINUED = ("n_epochs", "sample_interval", "log_interval", "checkpoint_interval", "compile", "eval_interval", "judge")
+LATER = {"dataset": "mnist", "sync_bn": "off", "processes": 1}  # what a checkpoint that lacks an option was made with
 PARTS = ("generator", "discriminator", "optimizer_G", "optimizer_D", "batches")
 
 
@@ -31,12 +32,14 @@ class Checkpoints:
         options: the run's options, as plain data.
         device: where the run trains; its random state is kept too.
         log: the RunLog, whose state says how much of the record belongs to a checkpoint.
+        writes: False in all processes but the first: nothing is written.
         parts: what else has a state, under the names of PARTS: objects with state_dict().
     """
 
     SECONDS = 120
 
-    def __init__(self, out_dir: Path, interval: int | None, options: dict, device: torch.device, log, **parts):
+    def __init__(self, out_dir: Path, interval: int | None, options: dict, device, log, writes: bool = True, **parts):
+        self.writes = writes
         self.out_dir = out_dir
         self.interval = interval
         self.options = options
@@ -49,7 +52,7 @@ class Checkpoints:
         """Write a checkpoint after `steps` batches, if it is time; if that fails, warn, and try again later."""
         late = time.monotonic() - self.last_time >= self.SECONDS
         due = late if self.interval is None else steps % self.interval == 0
-        if not due:
+        if not due or not self.writes:
             return
         try:
             self.save(steps)
@@ -72,6 +75,8 @@ class Checkpoints:
             Diverged: a number in the state is not finite; nothing is written.
             OSError: it cannot be written; the earlier ones are kept.
         """
+        if not self.writes:
+            return
         packed = {
             "format": FORMAT,
             "steps": steps,
@@ -151,6 +156,7 @@ def read_checkpoint(path: Path, quiet: bool = False) -> dict:
     for candidate in candidates:
         try:
             packed = load_data(candidate)
+            packed["options"] = LATER | packed["options"]
             whole = (
                 packed["format"] == FORMAT
                 and isinstance(packed["steps"], int)

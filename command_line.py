@@ -8,6 +8,8 @@ from pathlib import Path
 
 from utils import BadInput, Stopped, announce, out_of_memory, raise_stopped, stop_signals
 
+HERE = Path(__file__).resolve().parent
+
 
 class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, with a guess at a mistyped flag; exit status 2."""
@@ -47,6 +49,16 @@ def device_flag(group) -> None:
         "--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
         help="where to compute; auto takes a GPU if there is one (default: %(default)s)",
     )  # fmt: skip
+
+
+def data_flags(group, names) -> None:
+    """Add the flags that say what is judged by what: --dataset (one of `names`), --data_root and --test_root."""
+    group.add_argument("--dataset", choices=names, default="mnist", help="the real images (default: %(default)s)")
+    flag(
+        group, "--data_root", Path, HERE / "data" / "unpacked", "folder of the real images, as of acgan.py",
+        "DIR", "data/unpacked beside acgan.py",
+    )  # fmt: skip
+    flag(group, "--test_root", Path, None, "the test images of --dataset folder, likewise", "DIR", "the data set's own")
 
 
 WHOLE = number(int, "a whole number from 1 to 2147483647", lambda value: 1 <= value < 2**31)

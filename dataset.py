@@ -1,199 +1,280 @@
-"""The training images: MNIST unpacked without a network, resized once, and batches served from memory."""
+"""The training images: MNIST and its kin, CIFAR-10, or a folder of one's own, all as bytes and labels."""
 
 import contextlib
-import io
+import gzip
 import os
-import sys
-import tempfile
-import urllib.request
+import pickle
 from pathlib import Path
+from typing import NamedTuple
+from urllib.error import URLError
 
 import numpy as np
 import PIL
 import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
-from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
-from utils import BadInput, on_terminal, whole_file
+from mnist import MNIST
+from utils import BadInput, announce, on_terminal, whole_file
 
-BUNDLED = Path(__file__).resolve().parent / "data" / "mnist"
-KEPT_BYTES = 200 * 2**20  # resized images above this are made anew at each start: 60,000 up to 56 pixels are kept
+KEPT_BYTES = 200 * 2**20  # MNIST resized to more is made anew at each start: 60,000 up to 56 pixels are kept
+MEMORY_SHARE = 0.25  # of the free memory that a folder's images may take; larger ones are streamed
+MANY = 2000  # images from which on workers read a folder into memory
+NAMES = ("mnist", "fashion_mnist", "kmnist", "qmnist", "cifar10", "folder")
+IDX = ["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz", "t10k-images-idx3-ubyte.gz",
+       "t10k-labels-idx1-ubyte.gz"]  # fmt: skip
+QMNIST_FILES = ["qmnist-train-images-idx3-ubyte.gz", "qmnist-train-labels-idx2-int.gz",
+                "qmnist-test-images-idx3-ubyte.gz", "qmnist-test-labels-idx2-int.gz"]  # fmt: skip
+# for each of torchvision's sets: its class, the folder below data_root to put files into, and which
+SETS = {
+    "fashion_mnist": (datasets.FashionMNIST, "FashionMNIST/raw", IDX),
+    "kmnist": (datasets.KMNIST, "KMNIST/raw", IDX),
+    "qmnist": (datasets.QMNIST, "QMNIST/raw", QMNIST_FILES),
+    "cifar10": (datasets.CIFAR10, ".", ["cifar-10-python.tar.gz"]),
+}
+GREY_MODES = {"1", "L", "LA", "I;16", "I"}
 
 
-class FileWithLength(urllib.request.FileHandler):
-    """Opens file:// with the `length` that torchvision asks of every response, and that urllib gives only to http."""
+class LabelledImages(NamedTuple):
+    """A data set.
 
-    def file_open(self, request):
-        response = super().file_open(request)
-        response.length = int(response.headers["Content-Length"])
-        return response
-
-
-class MNIST(datasets.MNIST):
-    """torchvision's MNIST, taken from the files bundled with this project when they are there.
-
-    torchvision's own download code fetches and verifies the files, over `file://`; its mirrors serve only a
-    copy of the project without the bundled files. The unpacked files are verified as well, at every start.
-
-    Raises:
-        BadInput: a file is damaged, or cannot be fetched or written; the line names it and says what to do.
+    images: uint8 (N, C, H, W), or FolderImages where they do not fit into memory; labels: int64 (N,);
+    classes: their names, by label.
     """
 
-    mirrors = [BUNDLED.as_uri() + "/", *datasets.MNIST.mirrors]
-    # The bundled files hold the original bytes but were compressed anew, so these are their own MD5 sums.
-    resources = [
-        ("train-images-idx3-ubyte.gz", "c7dfcf1bfd3481a40f7b3aedbdbd083c"),
-        ("train-labels-idx1-ubyte.gz", "d289298a347a2cc65765a3c81043ba88"),
-        ("t10k-images-idx3-ubyte.gz", "ecff87aa27c74fbc2c1f97e89c19221d"),
-        ("t10k-labels-idx1-ubyte.gz", "a38049bc042dc6e683842a84160daae1"),
-    ]
-    unpacked = [
-        ("train-images-idx3-ubyte", "6bbc9ace898e44ae57da46a324031adb"),
-        ("train-labels-idx1-ubyte", "a25bea736e30d166cdddb491f175f624"),
-        ("t10k-images-idx3-ubyte", "2646ac647ad5339dbf082846283269ea"),
-        ("t10k-labels-idx1-ubyte", "27ae3e4e09519cfbb04c329615203637"),
-    ]
-
-    def __init__(self, root: str | Path, train: bool = True):
-        super().__init__(root, train=train, download=True)
-
-    def download(self) -> None:
-        if not self._check_exists():
-            self._fetch()
-        for name, md5 in self.unpacked:
-            path = os.path.join(self.raw_folder, name)
-            if not check_integrity(path, md5):
-                raise BadInput(f"{path} is damaged (its checksum is wrong): delete it, and run again to unpack it anew")
-
-    def _fetch(self) -> None:
-        """Fetch and unpack into a temporary folder, then move: an interrupted start leaves no half file."""
-        final = Path(self.raw_folder)
-        bundled = all((BUNDLED / name).exists() for name, _ in self.resources)
-        if bundled:
-            self.mirrors = self.mirrors[:1]  # all is here: ask no network, even if a file turns out damaged
-        else:
-            self.mirrors, self.resources = datasets.MNIST.mirrors, datasets.MNIST.resources
-        # torchvision shows a bar a file: worth seeing for a download, noise for a copy
-        quiet = bundled or not on_terminal()
-        try:
-            final.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=final) as staging:
-                self._staging = staging
-                urllib.request.install_opener(urllib.request.build_opener(FileWithLength))
-                with contextlib.redirect_stderr(io.StringIO() if quiet else sys.stderr):
-                    super().download()
-                del self._staging
-                for name, _ in self.unpacked:
-                    os.replace(Path(staging) / name, final / name)
-        except (RuntimeError, EOFError) as error:
-            if bundled:
-                broken = [name for name, md5 in self.resources if not check_integrity(BUNDLED / name, md5)]
-                raise BadInput(
-                    f"{BUNDLED / (broken or ['*.gz'])[0]} is damaged (its checksum is wrong) or cannot be read: "
-                    "restore it, for instance with 'git checkout data/mnist'"
-                ) from error
-            raise BadInput(
-                f"MNIST is neither in {BUNDLED} nor in {final}, and could not be downloaded: "
-                f"put the four .gz files of MNIST into {BUNDLED}, or connect this machine"
-            ) from error
-        except OSError as error:
-            raise BadInput(
-                f"argument --data_root: cannot unpack MNIST into {str(self.root)!r} ({error.strerror or error}); "
-                "name a folder with 150 MB of space that you may write to"
-            ) from error
-        finally:
-            urllib.request.install_opener(None)  # back to urllib's own
-
-    @property
-    def raw_folder(self) -> str:
-        return getattr(self, "_staging", None) or super().raw_folder
+    images: "torch.Tensor | FolderImages"
+    labels: torch.Tensor
+    classes: list[str]
 
 
-def load_mnist(data_root: str | Path, img_size: int, train: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read MNIST, each image resized with PIL, as the tutorial's transform does.
-
-    The resized images are kept beside the unpacked ones, where the next start finds them; a kept file that is
-    damaged, or of another Pillow, is made anew.
+def load_dataset(name: str, data_root: str | Path, img_size: int, train: bool = True, workers: int = 0):
+    """Read a data set, each image resized with PIL, as the tutorial's transform does.
 
     Args:
-        data_root: where the unpacked files are, or will be.
+        name: one of NAMES.
+        data_root: where the files are, or will be; for "folder", the folder of the classes.
         img_size: image side, pixels.
-        train: the 60,000 training digits, or else the 10,000 test digits.
+        train: the training images, or else the test images; a folder has no such parts.
+        workers: processes that read a large folder.
 
     Returns:
-        images, uint8 (N, 1, img_size, img_size), and labels, int64 (N,).
+        LabelledImages.
 
     Raises:
-        BadInput: as MNIST does.
+        BadInput: a file is missing, damaged, or cannot be fetched or written; the line names it.
     """
+    if name == "folder":
+        return load_folder(Path(data_root), img_size, workers)
+    if name == "mnist":
+        return load_mnist(data_root, img_size, train)
+    source = from_torchvision(name, Path(data_root), train)
+    labels = torch.as_tensor(source.targets)
+    labels = labels[:, 0] if name == "qmnist" else labels  # the other columns tell who wrote it
+    classes = [str(digit) for digit in range(10)] if name == "qmnist" else list(source.classes)
+    return LabelledImages(resized(source, img_size), labels, classes)
+
+
+def load_train_and_test(name: str, data_root: Path, test_root: Path | None, img_size: int, workers: int = 0):
+    """Both parts of a data set, for those who judge: two LabelledImages. A folder's test images lie in `test_root`.
+
+    Raises:
+        BadInput: as load_dataset; or a folder's parts do not match, or do not fit into memory.
+    """
+    if name != "folder":
+        return tuple(load_dataset(name, data_root, img_size, train) for train in (True, False))
+    if test_root is None:
+        raise BadInput(
+            "argument --test_root: needed with --dataset folder; name a folder of real images kept for testing"
+        )
+    parts = tuple(load_dataset(name, root, img_size, workers=workers) for root in (data_root, test_root))
+    if parts[0].classes != parts[1].classes or parts[0].images.shape[1] != parts[1].images.shape[1]:
+        raise BadInput(
+            f"argument --test_root: {str(test_root)!r} has other classes or channels than {str(data_root)!r}"
+        )
+    if any(isinstance(part.images, FolderImages) for part in parts):
+        raise BadInput("argument --data_root: too many images for memory; judge fewer of them")
+    return parts
+
+
+def load_mnist(data_root: str | Path, img_size: int, train: bool) -> LabelledImages:
+    """MNIST. The resized images are kept beside the unpacked ones, where the next start finds them; a kept file that
+    is damaged, or of another Pillow, is made anew."""
     mnist = MNIST(data_root, train=train)
+    classes = [str(digit) for digit in range(10)]
     split = "train" if train else "test"
     kept = Path(mnist.raw_folder).parent / "resized" / f"{split}-{img_size}-pillow{PIL.__version__}.npz"
     with contextlib.suppress(Exception):  # damage shows in a dozen ways
         images = torch.from_numpy(np.load(kept)["images"])  # npz: a zip file, whose checksums are verified
         if images.shape == (len(mnist), 1, img_size, img_size):
-            return images, mnist.targets
-
-    resize, to_uint8 = transforms.Resize(img_size), transforms.PILToTensor()
-    images = torch.empty(len(mnist), 1, img_size, img_size, dtype=torch.uint8)
-    for i, (image, _) in enumerate(tqdm(mnist, desc="Resizing", unit="img", delay=1, disable=not on_terminal())):
-        images[i] = to_uint8(resize(image))
+            return LabelledImages(images, mnist.targets, classes)
+    images = resized(mnist, img_size)
     if images.nbytes <= KEPT_BYTES:
         with contextlib.suppress(OSError), whole_file(kept) as file:
             np.savez(file, images=images.numpy())
-    return images, mnist.targets
+    return LabelledImages(images, mnist.targets, classes)
 
 
-def normalize(images: torch.Tensor) -> torch.Tensor:
-    """uint8 [0, 255] to float32 [-1, 1]: bit for bit ToTensor and then Normalize(0.5, 0.5)."""
-    return images.to(torch.float32).div(255).sub(0.5).div(0.5)
+def resized(source, img_size: int) -> torch.Tensor:
+    """The images of a torchvision data set, resized: uint8 (N, C, img_size, img_size)."""
+    resize, to_uint8 = transforms.Resize(img_size), transforms.PILToTensor()
+    images = None
+    for i, (image, _) in enumerate(tqdm(source, desc="Resizing", unit="img", delay=1, disable=not on_terminal())):
+        image = to_uint8(resize(image))
+        images = torch.empty(len(source), *image.shape, dtype=torch.uint8) if images is None else images
+        images[i] = image
+    return images
 
 
-class ShuffledBatches:
-    """Shuffled batches out of memory, drawn as the tutorial's `DataLoader(shuffle=True)` draws them.
+def from_torchvision(name: str, data_root: Path, train: bool):
+    """One of SETS, from files in data_root, or else from the network. Raises BadInput."""
+    kind, folder, files = SETS[name]
+    folder = data_root / folder
+    options = {"what": "train" if train else "test10k"} if name == "qmnist" else {"train": train}
+    try:
+        unpack(folder)
+        try:
+            return kind(data_root, **options)
+        except RuntimeError:  # not there
+            return kind(data_root, download=True, **options)
+    except (ValueError, AssertionError, EOFError, IndexError, TypeError, gzip.BadGzipFile, pickle.PickleError) as error:
+        raise BadInput(
+            f"a file of {name} in {str(folder)!r} is damaged: delete its files, and put {', '.join(files)} there"
+        ) from error
+    except PermissionError as error:
+        raise BadInput(f"argument --data_root: cannot write to {str(folder)!r}; name another folder") from error
+    except (RuntimeError, URLError, OSError) as error:
+        raise BadInput(
+            f"{name} is not in {str(folder)!r}, and could not be downloaded: "
+            f"put {', '.join(files)} there, or connect this machine"
+        ) from error
 
-    An epoch takes the same numbers from torch's CPU stream as that loader: one base seed (for its workers, so
-    unused here), then the sampler's seed, from which one permutation follows. The last, smaller batch is kept.
+
+def unpack(folder: Path) -> None:
+    """Unpack the IDX files that somebody put into `folder`, once; torchvision wants just the bytes of its mirrors."""
+    for packed in sorted(folder.glob("*-idx?-*.gz")):
+        if not packed.with_suffix("").exists():
+            with gzip.open(packed) as source, whole_file(packed.with_suffix("")) as target:
+                target.write(source.read())
+
+
+class VisibleFolders(datasets.ImageFolder):
+    """ImageFolder that passes over hidden folders, such as .git, and reads PNG and JPEG."""
+
+    def __init__(self, root: Path):
+        super().__init__(root, is_valid_file=lambda path: path.lower().endswith((".png", ".jpg", ".jpeg")))
+
+    def find_classes(self, directory) -> tuple[list[str], dict[str, int]]:
+        classes = sorted(
+            entry.name for entry in os.scandir(directory) if entry.is_dir() and not entry.name.startswith(".")
+        )
+        if len(classes) < 2:
+            raise BadInput(
+                f"argument --data_root: {str(directory)!r} holds {len(classes)} folders of images, "
+                "but a class needs another to be told from: put each class's images into a folder of its own"
+            )
+        return classes, {name: number for number, name in enumerate(classes)}
+
+
+class FolderImages:
+    """The images of a folder, read when they are asked for, all in one size and number of channels.
 
     Args:
-        images: uint8 (N, C, H, W). They and the labels are copied to `device` once.
-        labels: int64 (N,).
-        batch_size: images a batch.
-        device: where the batches are wanted.
+        paths: files, by number.
+        channels: 1 for grey, 3 for colour.
+        img_size: image side, pixels.
     """
 
-    def __init__(self, images: torch.Tensor, labels: torch.Tensor, batch_size: int, device: torch.device | str = "cpu"):
-        self.images = images.to(device)
-        self.labels = labels.to(device)
-        self.batch_size = batch_size
-        self.sampler_seed = 0
-        self.position = 0  # batches of the current epoch that were handed out; 0 between epochs
+    def __init__(self, paths: list[str], channels: int, img_size: int):
+        self.paths, self.channels = paths, channels
+        self.shape = (len(paths), channels, img_size, img_size)
+        self.fit = transforms.Compose(
+            [transforms.Resize(img_size), transforms.CenterCrop(img_size), transforms.PILToTensor()]
+        )
 
     def __len__(self) -> int:
-        """Batches an epoch."""
-        return -(-len(self.labels) // self.batch_size)
+        return len(self.paths)
 
-    def __iter__(self):
-        """One epoch, or the rest of a restored one: yield the indices of each batch, int64 (B,), on the device."""
-        if self.position == 0:
-            torch.empty((), dtype=torch.int64).random_()  # the loader's base seed
-            self.sampler_seed = int(torch.empty((), dtype=torch.int64).random_())
-        generator = torch.Generator().manual_seed(self.sampler_seed)
-        order = torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
-        for indices in order.split(self.batch_size)[self.position :]:
-            self.position += 1
-            yield indices
-        self.position = 0
+    def __getitem__(self, index) -> torch.Tensor:
+        """One image, uint8 (C, H, W), or for an int64 (B,) of indices, (B, C, H, W). Raises BadInput."""
+        if isinstance(index, torch.Tensor) and index.dim():
+            return torch.stack([self[int(i)] for i in index])
+        path = self.paths[index]
+        try:
+            with Image.open(path) as image:
+                return self.fit(plain(ImageOps.exif_transpose(image), self.channels))
+        except Exception as error:  # Pillow's readers meet garbage in a dozen ways
+            raise BadInput(f"{path} is damaged, or is no image ({first_line(error)}): mend or remove it") from error
 
-    def state_dict(self) -> dict[str, int]:
-        """The epoch's permutation, by its seed, and the position in it."""
-        return {"sampler_seed": self.sampler_seed, "position": self.position}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where state_dict() was taken; the end of an epoch is the start of the next."""
-        self.sampler_seed, self.position = state["sampler_seed"], state["position"] % len(self)
+def plain(image: Image.Image, channels: int) -> Image.Image:
+    """Any mode to 8-bit grey or RGB: 16 bits are scaled down, transparency is laid on white."""
+    if image.mode in ("I;16", "I"):
+        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if channels == 1 else "RGB")
 
-    def gather(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch of these indices: float32 (B, C, H, W) in [-1, 1], and labels, int64 (B,)."""
-        return normalize(self.images[indices]), self.labels[indices]
+
+def load_folder(data_root: Path, img_size: int, workers: int) -> LabelledImages:
+    """DATA_ROOT/CLASS/*.png or .jpg: grey if all of them are, else colour; cropped to a square around the middle.
+
+    Raises:
+        BadInput: the folder or one in it cannot be read, a class is alone or empty, or a file is no image.
+    """
+    if not data_root.is_dir():
+        raise BadInput(
+            f"argument --data_root: no folder {str(data_root)!r}; name one that holds a folder for each class"
+        )
+
+    def fail(error: OSError):
+        raise BadInput(f"argument --data_root: cannot read {error.filename!r} ({error.strerror})") from error
+
+    for _ in os.walk(data_root, onerror=fail):
+        pass
+    try:
+        found = VisibleFolders(data_root)
+    except FileNotFoundError as error:
+        raise BadInput(f"argument --data_root: {first_line(error)}; it needs .png or .jpg files") from error
+    paths, labels = [path for path, _ in found.samples], torch.tensor([label for _, label in found.samples])
+    channels = 1
+    for path in paths:  # headers only
+        try:
+            with Image.open(path) as image:
+                if image.mode not in GREY_MODES:
+                    channels = 3
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            what = "empty" if os.path.getsize(path) == 0 else "no image that can be read"
+            raise BadInput(f"{path} is {what}: mend or remove it") from error
+    files = FolderImages(paths, channels, img_size)
+    n_bytes = len(paths) * channels * img_size**2
+    if n_bytes > free_memory() * MEMORY_SHARE:
+        announce(
+            f"Images: {n_bytes / 2**30:.1f} GiB at this size, too many for memory, so workers read them as they go."
+        )
+        return LabelledImages(files, labels, found.classes)
+    images = torch.empty(files.shape, dtype=torch.uint8)
+    loader = DataLoader(
+        files, batch_size=64, num_workers=workers if len(files) >= MANY else 0, generator=torch.Generator()
+    )
+    try:
+        for number, chunk in enumerate(tqdm(loader, desc="Reading", delay=1, disable=not on_terminal())):
+            images[64 * number : 64 * number + len(chunk)] = chunk
+    except BadInput as error:  # a worker's comes with its traceback
+        raise BadInput(str(error).strip().splitlines()[-1].removeprefix("utils.BadInput: ")) from None
+    return LabelledImages(images, labels, found.classes)
+
+
+def free_memory() -> float:
+    """Bytes of memory that are free; infinite where the system does not say."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
+
+
+def first_line(error: BaseException) -> str:
+    """An error's first line, or its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

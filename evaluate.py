@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-from command_line import SEED, OneLineParser, device_flag, exit_status, flag, read_network
-from dataset import load_mnist, normalize
+from batches import normalize
+from command_line import SEED, OneLineParser, data_flags, device_flag, exit_status, flag, read_network
+from dataset import NAMES, LabelledImages, load_train_and_test
 from generate import WEIGHTS, draw_set, load_generator
 from judge import WEIGHTS as JUDGE_WEIGHTS
 from judge import Judge, load_judge
@@ -33,8 +34,6 @@ from scores import (
 )
 from speed import tune_process
 from utils import BadInput, Stopped, announce, choose_device, print_line
-
-HERE = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ def scorecard(images, labels, train_set, test_set, judge, counts, seed=0, discri
         train_set, test_set: real images and labels, uint8 (N, C, H, W) and int64 (N,), in any order.
 
     Returns:
-        {"scores": {measure: {"generated": x, "real": y}}, "by_class": [the same for each class], "warnings": [...]}.
+        {"scores": {measure: {"generated": x, "real": y}}, "by_class": {name: the same}, "warnings": [...]}.
     """
     n_classes = judge.config["n_classes"]
     real = show_to(judge, *test_set)
@@ -174,12 +173,13 @@ def scorecard(images, labels, train_set, test_set, judge, counts, seed=0, discri
     def side_by_side(ours, theirs):
         return {name: {"generated": ours[name], "real": theirs[name]} for name in ours}
 
-    by_class = [side_by_side(*rows) for rows in zip(generated_rows, floor_rows, strict=True)]
-    collapses = [label for label, row in enumerate(by_class) if collapsed(**row["ms_ssim"])]
+    rows = zip(judge.classes, generated_rows, floor_rows, strict=True)
+    by_class = {name: side_by_side(ours, theirs) for name, ours, theirs in rows}
+    collapses = [name for name, row in by_class.items() if collapsed(**row["ms_ssim"])]
     return {
         "scores": side_by_side(generated, floor),
         "by_class": by_class,
-        "warnings": [f"class {label} has collapsed: its images are too much alike" for label in collapses],
+        "warnings": [f"class {name} has collapsed: its images are too much alike" for name in collapses],
     }
 
 
@@ -196,12 +196,12 @@ def table(card: dict) -> str:
         if key in card["scores"]:
             values = card["scores"][key]
             lines.append(f"{name:34}{good:>8}{form.format(values['generated']):>12}{form.format(values['real']):>10}")
-    lines += ["", f"{'class':8}" + "".join(f"{key.replace('_', '-'):>18}" for key, *_ in CLASS_ROWS)]
-    for label, row in enumerate(card["by_class"]):
+    lines += ["", f"{'class':12}" + "".join(f"{key.replace('_', '-'):>18}" for key, *_ in CLASS_ROWS)]
+    for name, row in card["by_class"].items():
         cells = [
             f"{form.format(row[key]['generated'])} ({form.format(row[key]['real'])})" for key, *_, form in CLASS_ROWS
         ]
-        lines.append(f"{label:<8}" + "".join(f"{cell:>18}" for cell in cells))
+        lines.append(f"{name[:12]:<12}" + "".join(f"{cell:>18}" for cell in cells))
     lines += ["", "In brackets: real images. CAS: a classifier trained on these images alone, tested on real ones."]
     lines += [f"Warning: {warning}." for warning in card["warnings"]]
     return "\n".join(lines)
@@ -218,7 +218,7 @@ class EpochScores:
         interval: epochs between scores; None for none at all.
         judge_path: file of the judge.
         generator, discriminator: of the training; G is scored as it is at the time.
-        images, labels: the training set, uint8 (N, C, H, W) and int64 (N,).
+        data: the training set.
         steps_per_epoch: batches an epoch.
 
     Raises:
@@ -227,7 +227,7 @@ class EpochScores:
 
     SCORED = 1000  # images of each class
 
-    def __init__(self, interval, judge_path, generator, discriminator, images, labels, steps_per_epoch):
+    def __init__(self, interval, judge_path, generator, discriminator, data: LabelledImages, steps_per_epoch):
         self.interval, self.steps_per_epoch = interval, steps_per_epoch
         self.generator, self.discriminator = generator, discriminator
         if interval is None:
@@ -236,7 +236,7 @@ class EpochScores:
         self.judge = load_judge(judge_path, next(generator.parameters()).device)
         check_judge(self.judge, generator)
         self.n_classes = generator.config["n_classes"]
-        self.real = show_to(self.judge, *balanced(images, labels, self.SCORED, self.n_classes, seed=0))
+        self.real = show_to(self.judge, *balanced(data.images, data.labels, self.SCORED, self.n_classes, seed=0))
 
     def begin(self, log, steps: int) -> None:
         """Record in `log`, a RunLog, after `steps` batches; a scoring that was cut short there is made up for."""
@@ -262,12 +262,17 @@ class EpochScores:
 
 
 def check_judge(judge: Judge, generator: Generator) -> None:
-    """Raise BadInput unless the judge knows the images that G draws."""
-    if any(generator.config[name] != judge.config[name] for name in judge.config):
-        raise BadInput(
-            f"argument --judge: it knows images of {judge.config}, but the generator draws {generator.config}; "
-            "judge.py trains one"
-        )
+    """Raise BadInput unless the judge knows the images that G draws: their classes, size and channels."""
+    if judge.classes != generator.classes or any(generator.config[name] != judge.config[name] for name in judge.config):
+        raise BadInput(f"argument --judge: it knows {kind_of_images(judge)}, but the generator draws "
+                       f"{kind_of_images(generator)}: judge.py trains one for these")  # fmt: skip
+
+
+def kind_of_images(network) -> str:
+    """What a network draws or knows, in words."""
+    names = ", ".join(network.classes[:3]) + (", ..." if len(network.classes) > 3 else "")
+    size, colour = network.config["img_size"], "grey" if network.config["channels"] == 1 else "colour"
+    return f"{len(network.classes)} classes ({names}) in {colour}, {size} pixels"
 
 
 def load_discriminator(given: Path | None, weights: Path, generator: Generator, device) -> Discriminator | None:
@@ -285,7 +290,7 @@ def load_discriminator(given: Path | None, weights: Path, generator: Generator, 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; bad flags end the program with one line and exit status 2."""
-    parser = OneLineParser(prog="evaluate.py", description="Score a generator of digits.", allow_abbrev=False)
+    parser = OneLineParser(prog="evaluate.py", description="Score a generator.", allow_abbrev=False)
     parser.add_argument(
         "weights", nargs="?", type=Path, default=WEIGHTS, metavar="acgan_gen.pth",
         help="generator to score, as acgan.py writes it (default: the one that comes along)",
@@ -301,10 +306,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the scorecard as JSON (default: as a table)")
     flag(parser, "--seed", SEED, 0, "seed of the images to score and of everything drawn for it")
-    flag(
-        parser, "--data_root", Path, HERE / "data" / "unpacked", "folder of the unpacked digits",
-        "DIR", "data/unpacked beside evaluate.py",
-    )  # fmt: skip
+    data_flags(parser, NAMES)
     device_flag(parser)
     return parser.parse_args(argv)
 
@@ -321,15 +323,17 @@ def evaluate(opt: argparse.Namespace) -> dict:
     discriminator = load_discriminator(opt.discriminator, opt.weights, generator, device)
     counts = FULL if opt.full else QUICK
     n_classes, img_size = judge.config["n_classes"], judge.config["img_size"]
-    train_set, test_set = (load_mnist(opt.data_root, img_size, train) for train in (True, False))
+    train_set, test_set = load_train_and_test(opt.dataset, opt.data_root, opt.test_root, img_size)
+    if train_set.classes != judge.classes:
+        raise BadInput(f"argument --dataset: {opt.dataset} has other classes than the judge and the generator")
     labels = torch.arange(n_classes).repeat(max(counts.scored, counts.cas))
     images = torch.cat(list(draw_set(generator, labels, opt.seed)))
-    card = scorecard(images, labels, train_set, test_set, judge, counts, opt.seed, discriminator, device)
+    card = scorecard(images, labels, train_set[:2], test_set[:2], judge, counts, opt.seed, discriminator, device)
     made = {
         "weights": str(opt.weights),
         "images": counts.scored * n_classes,
         "cas_images": counts.cas * n_classes,
-        "test_images": len(test_set[1]),
+        "test_images": len(test_set.labels),
         "seed": opt.seed,
         "feature_space": f"the judge's last {judge.head.in_features} features: this is no Inception FID.",
         "seconds": round(time.monotonic() - start, 1),

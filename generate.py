@@ -21,8 +21,7 @@ from command_line import SEED, WHOLE, OneLineParser, device_flag, exit_status, f
 from models import Generator, load_network
 from utils import BadInput, check_writable, choose_device, on_terminal, print_line, whole_file
 
-HERE = Path(__file__).resolve().parent
-WEIGHTS = HERE / "weights" / "acgan_gen.pth"
+WEIGHTS = Path(__file__).resolve().parent / "weights" / "acgan_gen.pth"
 CHUNK = 500  # images drawn at a time
 PNG_LIMIT = 10_000  # images in one picture
 
@@ -116,12 +115,14 @@ def write_png(path: Path, imgs: torch.Tensor, nrow: int) -> None:
         file.write(buffer.getbuffer())
 
 
-def classes_of(words: list[str], what: str, n_classes: int) -> list[int]:
-    """Class numbers for the words a person typed. Raises BadInput for one that is no class."""
-    known = {str(number): number for number in range(n_classes)}
+def classes_of(words: list[str], what: str, classes: list[str]) -> list[int]:
+    """Class numbers for what a person typed: the classes' names, or else their numbers. Raises BadInput."""
+    known = {str(number): number for number in range(len(classes))}
+    known |= {name: number for number, name in enumerate(classes)}
     for word in words:
         if word not in known:
-            raise BadInput(f"{what}: {word!r} is not a class; the classes are 0 to {n_classes - 1}")
+            names = ", ".join(classes[:20]) + (f", ... ({len(classes)} in all)" if len(classes) > 20 else "")
+            raise BadInput(f"{what}: {word!r} is not a class; the classes are {names}")
     return [known[word] for word in words]
 
 
@@ -133,7 +134,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     what = parser.add_mutually_exclusive_group()
     what.add_argument("digits", nargs="?", help="the classes to draw, a character each, such as 2026 (default: all)")
-    what.add_argument("--labels", metavar="A,B,...", help="the classes to draw, with commas between (default: all)")
+    what.add_argument(
+        "--labels", metavar="A,B,...", help="the classes to draw, by name or number, with commas between (default: all)"
+    )
     what.add_argument(
         "--interpolate", nargs=2, metavar=("A", "B"),
         help="walk from class A to class B instead, through the label embedding (default: off)",
@@ -169,15 +172,14 @@ def generate(opt: argparse.Namespace) -> None:
     """Write what the options of parse_args ask for. Raises BadInput, or OSError where it cannot be written."""
     device, _ = choose_device(opt.device)
     generator = load_generator(opt.weights, device)
-    n_classes = generator.config["n_classes"]
     if opt.interpolate:
-        labels = classes_of(opt.interpolate, "argument --interpolate", n_classes)
+        labels = classes_of(opt.interpolate, "argument --interpolate", generator.classes)
     elif opt.labels is not None:
-        labels = classes_of([word.strip() for word in opt.labels.split(",")], "argument --labels", n_classes)
+        labels = classes_of([word.strip() for word in opt.labels.split(",")], "argument --labels", generator.classes)
     elif opt.digits is not None:
-        labels = classes_of(list(opt.digits), "argument digits", n_classes)
+        labels = classes_of(list(opt.digits), "argument digits", generator.classes)
     else:
-        labels = list(range(n_classes))
+        labels = list(range(len(generator.classes)))
 
     if opt.npz:
         check_writable("--npz", opt.npz.parent)

@@ -1,6 +1,7 @@
-"""The judge: a small classifier of real digits, which recognises generated ones and lends the scores its features.
+"""The judge: a small classifier of real images, which recognises generated ones and lends the scores its features.
 
-python judge.py        # trains it anew and writes weights/judge.pth
+python judge.py                                               # trains MNIST's anew and writes weights/judge.pth
+python judge.py --dataset fashion_mnist --out my_judge.pth    # one for other images
 """
 
 import argparse
@@ -13,14 +14,14 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from command_line import SEED, WHOLE, OneLineParser, device_flag, exit_status, flag, read_network
-from dataset import load_mnist, normalize
+from batches import normalize
+from command_line import SEED, WHOLE, OneLineParser, data_flags, device_flag, exit_status, flag, read_network
+from dataset import NAMES, load_train_and_test
 from models import load_network, pack_network, write_weights
 from speed import tune_process
 from utils import announce, check_writable, choose_device, on_terminal, print_line
 
-HERE = Path(__file__).resolve().parent
-WEIGHTS = HERE / "weights" / "judge.pth"
+WEIGHTS = Path(__file__).resolve().parent / "weights" / "judge.pth"
 CHUNK = 500  # images judged at a time
 
 
@@ -36,6 +37,7 @@ class Judge(nn.Module):
     def __init__(self, n_classes: int = 10, img_size: int = 32, channels: int = 1):
         super().__init__()
         self.config = dict(n_classes=n_classes, img_size=img_size, channels=channels)
+        self.classes = [str(label) for label in range(n_classes)]  # names; the data set's are put here
 
         def block(in_filters, out_filters, kernel_size, stride):
             conv = nn.Conv2d(in_filters, out_filters, kernel_size, stride, kernel_size // 2, bias=False)
@@ -135,16 +137,13 @@ def load_judge(path: Path, device="cpu") -> Judge:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; bad flags end the program with one line and exit status 2."""
     parser = OneLineParser(
-        prog="judge.py", description="Train the judge on real digits, and test it.", allow_abbrev=False
+        prog="judge.py", description="Train the judge on real images, and test it.", allow_abbrev=False
     )
     flag(parser, "--out", Path, WEIGHTS, "file to write", "FILE", "weights/judge.pth beside judge.py")
     flag(parser, "--n_epochs", WHOLE, 10, "passes over the training images")
     flag(parser, "--img_size", WHOLE, 32, "image side in pixels; that of the generator to be judged")
     flag(parser, "--seed", SEED, 0, "seed of its weights and of the order of the images")
-    flag(
-        parser, "--data_root", Path, HERE / "data" / "unpacked", "folder of the unpacked digits",
-        "DIR", "data/unpacked beside judge.py",
-    )  # fmt: skip
+    data_flags(parser, NAMES)
     device_flag(parser)
     return parser.parse_args(argv)
 
@@ -159,12 +158,13 @@ def main(argv: list[str] | None = None) -> int:
         check_writable("--out", opt.out.parent)
         if why:
             announce(why)
-        images, labels = load_mnist(opt.data_root, opt.img_size)
-        test_images, test_labels = load_mnist(opt.data_root, opt.img_size, train=False)
-        judge = train_classifier(images, labels, 10, opt.n_epochs, opt.seed, device, jitter=True)
-        accuracy = (judge_images(judge, test_images)[1] == test_labels).double().mean()
+        data, test = load_train_and_test(opt.dataset, opt.data_root, opt.test_root, opt.img_size)
+        n_classes = len(data.classes)
+        judge = train_classifier(data.images, data.labels, n_classes, opt.n_epochs, opt.seed, device, jitter=True)
+        judge.classes = data.classes
+        accuracy = (judge_images(judge, test.images)[1] == test.labels).double().mean()
         write_weights(opt.out, pack_network(judge))
-        print_line(f"{opt.out}: {accuracy:.2%} of the {len(test_labels):,} test digits recognised")
+        print_line(f"{opt.out}: {accuracy:.2%} of the {len(test.labels):,} test images recognised")
 
     return exit_status("judge.py", command)
 

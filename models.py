@@ -72,6 +72,7 @@ class Generator(nn.Module):
         super().__init__()
         check_sizes(n_classes=n_classes, latent_dim=latent_dim, img_size=img_size, channels=channels)
         self.config = dict(n_classes=n_classes, latent_dim=latent_dim, img_size=img_size, channels=channels)
+        self.classes = [str(label) for label in range(n_classes)]  # names; the data set's are put here
 
         self.label_emb = nn.Embedding(n_classes, latent_dim)
         self.init_size = img_size // 4  # side of the first feature map; two upsamplings follow
@@ -127,6 +128,7 @@ class Discriminator(nn.Module):
         super().__init__()
         check_sizes(n_classes=n_classes, img_size=img_size, channels=channels)
         self.config = dict(n_classes=n_classes, img_size=img_size, channels=channels)
+        self.classes = [str(label) for label in range(n_classes)]  # names; the data set's are put here
 
         def discriminator_block(in_filters, out_filters, bn=True):
             """One halving of the image: (B, in, s, s) to (B, out, ceil(s/2), ceil(s/2))."""
@@ -190,10 +192,11 @@ def weights_init_normal(module: nn.Module) -> None:
 
 
 def pack_network(network: nn.Module) -> dict:
-    """What a weight file holds: the class's name, its sizes, and the state dict on the CPU; no code."""
+    """What a weight file holds: the network's name and sizes, the classes' names, the state dict on the CPU."""
     return {
         "network": type(network).__name__,
         "config": dict(network.config),
+        "classes": list(network.classes),
         "state_dict": {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()},
     }
 
@@ -227,6 +230,9 @@ def load_network(path, device="cpu", kinds=(Generator, Discriminator)) -> nn.Mod
         with torch.random.fork_rng(devices=[]):  # the weights that it is born with are drawn, and then replaced
             network = kinds[packed["network"]](**packed["config"])
         network.load_state_dict(packed["state_dict"])
+        network.classes = [str(name) for name in packed.get("classes", network.classes)]
+        if len(network.classes) != network.config["n_classes"]:
+            raise ValueError("a name for each class is wanted")
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged, or is no {' or '.join(kinds)} that this project wrote") from error
     return network.to(device)

@@ -82,7 +82,7 @@ class RunLog:
 
     Args:
         out_dir: the run's folder; made if missing.
-        settings: what goes into config.json: options, seed, device.
+        settings: what goes into config.json: options, seed, device, and the names of the classes.
         steps_per_epoch: batches an epoch.
         n_epochs: epochs asked for.
         max_steps: batches after which the run stops.
@@ -130,6 +130,8 @@ class RunLog:
 
         threading.excepthook = quiet_disk_errors  # the event writer's thread; its errors also reach add_scalar
         self.open_board()
+        if checkpoint is None:
+            self.to_board("add_text", "classes", ", ".join(settings["classes"]))  # the columns of the grids
         self.run_start = time.monotonic()
 
     def open_rows(self) -> None:
@@ -337,6 +339,24 @@ class RunLog:
         """Write acgan_gen.pth and acgan_dist.pth: tensors and sizes only; `models.load_network` reads them."""
         for name, network in [("acgan_gen.pth", generator), ("acgan_dist.pth", discriminator)]:
             write_weights(self.out_dir / name, pack_network(network))
+
+
+class SilentLog:
+    """Stands in for RunLog in all processes but the first, which alone writes and talks."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        pass
+
+    def epoch(self, epoch: int, batches):
+        yield from batches
+
+    def nothing(self, *args) -> None:
+        pass
+
+    graphs = batch = end_epoch = sample_grid = save_weights = nothing
 
 
 def same_folder(a: Path, b: Path) -> bool:

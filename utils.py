@@ -28,7 +28,12 @@ def on_terminal() -> bool:
 
 
 def announce(line: str) -> None:
-    """Tell the person one thing, on stderr, so that stdout keeps to its one line an epoch."""
+    """Tell the person one thing, on stderr, so that stdout keeps to its one line an epoch.
+
+    Of several processes that torchrun started, only the first one speaks.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
     if on_terminal():
         tqdm.write(line, file=sys.stderr)  # above the bar, not into it
     else:

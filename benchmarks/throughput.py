@@ -28,7 +28,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import acgan  # noqa: E402 (needs the path above)
-from dataset import MNIST  # noqa: E402
+from mnist import MNIST  # noqa: E402
 from models import Discriminator, Generator, weights_init_normal  # noqa: E402
 from runlog import RunLog  # noqa: E402
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory):
     """A folder with MNIST unpacked from the bundled files."""
-    from dataset import MNIST
+    from mnist import MNIST
 
     root = tmp_path_factory.mktemp("unpacked")
     MNIST(root)

@@ -42,8 +42,8 @@ def fails(flags, capsys):
         (["--img_size", 30], "--img_size: '30' is not a multiple of 4 and at least 16"),
         (["--img_size", 12], "--img_size"),
         (["--img_size", 16, "--batch_size", 1], "--batch_size: .* at least 2 images"),
-        (["--n_classes", 11], "--n_classes: MNIST has 10 classes, not 11"),
-        (["--channels", 3], "--channels: MNIST's images are grey, so 1, not 3"),
+        (["--n_classes", 11], r"--n_classes: the data \(mnist\) has 10, not 11"),
+        (["--channels", 3], r"--channels: the data \(mnist\) has 1, not 3"),
         (["--device", "tpu"], "--device: invalid choice: 'tpu' .*cuda"),
         (["--device", "cpu", "--cuda"], "--cuda: not allowed with argument --device"),
         (["--n_epoch", 3], r"--n_epoch 3 \(did you mean --n_epochs\?\)"),
@@ -89,6 +89,6 @@ def test_help_states_every_default(capsys):
 
 def test_defaults_are_the_tutorials():
     opt = acgan.parse_args([])
-    tutorial = dict(n_epochs=200, batch_size=64, lr=0.0002, b1=0.5, b2=0.999, n_cpu=8, latent_dim=100, n_classes=10,
-                    img_size=32, channels=1, sample_interval=400)  # fmt: skip
+    tutorial = dict(n_epochs=200, batch_size=64, lr=0.0002, b1=0.5, b2=0.999, n_cpu=8, latent_dim=100, img_size=32,
+                    sample_interval=400, dataset="mnist", n_classes=None, channels=None)  # fmt: skip
     assert {name: getattr(opt, name) for name in tutorial} == tutorial

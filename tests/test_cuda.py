@@ -10,8 +10,9 @@ from conftest import read_rows
 
 import acgan
 import speed
+from batches import ShuffledBatches
 from checkpoint import read_checkpoint
-from dataset import ShuffledBatches, load_mnist
+from dataset import load_dataset
 from models import Discriminator, Generator, weights_init_normal
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an 
 def test_captured_batches_train_as_plain_ones(data_root):
     device = torch.device("cuda")
     torch.manual_seed(0)
-    images, labels = load_mnist(data_root, 32)
+    images, labels, _ = load_dataset("mnist", data_root, 32)
     batches = ShuffledBatches(images[:600], labels[:600], 64, device)  # ten batches an epoch, the last of 24
     start = Generator().apply(weights_init_normal).to(device), Discriminator().apply(weights_init_normal).to(device)
     for layer in start[1].modules():
@@ -48,7 +49,7 @@ def test_captured_batches_train_as_plain_ones(data_root):
 
 @pytest.mark.parametrize("flags", [[], ["--amp", "bf16"], ["--compile", "on"]])
 def test_run_and_resume_on_the_gpu(flags, data_root, tmp_path, monkeypatch):
-    monkeypatch.setattr(acgan, "load_mnist", few_digits.first(150))
+    monkeypatch.setattr(acgan, "load_dataset", few_digits.first(150))
     words = [
         "--data_root",
         data_root,

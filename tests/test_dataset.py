@@ -8,7 +8,10 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 import dataset
-from dataset import MNIST, ShuffledBatches, load_mnist, normalize
+import mnist
+from batches import ShuffledBatches, normalize
+from dataset import load_dataset
+from mnist import MNIST
 from utils import BadInput
 
 
@@ -20,27 +23,28 @@ def tutorials_transform(img_size):
 
 @pytest.mark.parametrize("img_size", [28, 32, 48])
 def test_cached_images_equal_the_per_image_transform(data_root, img_size):
-    images, labels = load_mnist(data_root, img_size)
-    mnist = MNIST(data_root)
-    mnist.transform = tutorials_transform(img_size)
+    images, labels, classes = load_dataset("mnist", data_root, img_size)
+    assert classes == list("0123456789")
+    source = MNIST(data_root)
+    source.transform = tutorials_transform(img_size)
     assert images.shape == (60000, 1, img_size, img_size) and images.dtype == torch.uint8
     for first in range(0, 60000, 5000):  # in steps, as float32 takes four times the memory
-        expected = torch.stack([mnist[i][0] for i in range(first, first + 5000)])
+        expected = torch.stack([source[i][0] for i in range(first, first + 5000)])
         assert torch.equal(normalize(images[first : first + 5000]), expected)
-    assert torch.equal(labels, mnist.targets)
+    assert torch.equal(labels, source.targets)
 
 
 def test_kept_images_are_used_and_made_anew_when_damaged(data_root, monkeypatch):
-    images, _ = load_mnist(data_root, 32, train=False)
+    images, *_ = load_dataset("mnist", data_root, 32, train=False)
     (kept,) = (data_root / "MNIST" / "resized").glob("test-32-*.npz")
     with monkeypatch.context() as without_pil:
         without_pil.setattr(dataset.transforms, "Resize", None)  # nothing is resized a second time
-        assert torch.equal(load_mnist(data_root, 32, train=False)[0], images)
+        assert torch.equal(load_dataset("mnist", data_root, 32, train=False)[0], images)
     content = bytearray(kept.read_bytes())
     content[5_000_000] ^= 1
     for damaged in (bytes(content), content[:1000], b""):
         kept.write_bytes(damaged)
-        assert torch.equal(load_mnist(data_root, 32, train=False)[0], images)
+        assert torch.equal(load_dataset("mnist", data_root, 32, train=False)[0], images)
 
 
 def test_every_byte_value_is_normalised_as_the_tutorial_does():
@@ -50,8 +54,8 @@ def test_every_byte_value_is_normalised_as_the_tutorial_does():
 
 
 def test_batches_and_random_stream_are_those_of_the_shuffled_loader(data_root):
-    mnist = MNIST(data_root)
-    images, labels = mnist.data[:1000, None], mnist.targets[:1000]
+    source = MNIST(data_root)
+    images, labels = source.data[:1000, None], source.targets[:1000]
     ours = ShuffledBatches(images, labels, batch_size=64)
     theirs = DataLoader(list(zip(normalize(images), labels, strict=True)), batch_size=64, shuffle=True)
     assert len(ours) == len(theirs) == 16
@@ -77,11 +81,11 @@ def test_unpacked_files_are_read_again_and_nothing_is_fetched(data_root, monkeyp
 def bundled(tmp_path, monkeypatch):
     """A copy of the bundled folder, free to be damaged, in place of the real one."""
     copy = tmp_path / "a folder" / "mnist"
-    shutil.copytree(dataset.BUNDLED, copy)
-    monkeypatch.setattr(dataset, "BUNDLED", copy)
+    shutil.copytree(mnist.BUNDLED, copy)
+    monkeypatch.setattr(mnist, "BUNDLED", copy)
     # beyond the copy, only an address that refuses at once: a test that asks the network fails
     monkeypatch.setattr(MNIST, "mirrors", [copy.as_uri() + "/", "http://127.0.0.1:9/"])
-    monkeypatch.setattr(dataset.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    monkeypatch.setattr(mnist.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
     return copy
 
 

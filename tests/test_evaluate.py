@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, read_board, read_rows
 
 import evaluate
-from dataset import load_mnist
+from dataset import load_dataset
 from evaluate import Counts, balanced, collapsed, score, scorecard
 from generate import WEIGHTS, draw_set, load_generator
 from judge import WEIGHTS as JUDGE_WEIGHTS
@@ -27,12 +27,12 @@ def judge():
 
 @pytest.fixture(scope="module")
 def train_set(data_root):
-    return load_mnist(data_root, 32)
+    return load_dataset("mnist", data_root, 32)[:2]
 
 
 @pytest.fixture(scope="module")
 def test_set(data_root):
-    return load_mnist(data_root, 32, train=False)
+    return load_dataset("mnist", data_root, 32, train=False)[:2]
 
 
 def test_the_judge_knows_the_test_digits(judge, test_set):
@@ -169,7 +169,10 @@ def test_table_and_its_numbers(data_root, monkeypatch, capsys):
     [
         (["missing.pth"], "argument --weights: cannot read 'missing.pth' (No such file or directory)"),
         (["text.pth"], "argument --weights: text.pth is damaged, or is no Generator that this project wrote"),
-        (["wide.pth"], "argument --judge: it knows images of"),
+        (
+            ["wide.pth"],
+            "argument --judge: it knows 10 classes (0, 1, 2, ...) in grey, 32 pixels, but the generator draws",
+        ),
         (["--judge", "text.pth"], "argument --judge: text.pth is damaged, or is no Judge that this project wrote"),
         (["--discriminator", "wide_dist.pth"], "argument --discriminator: 'wide_dist.pth' is for other images"),
         (["--fulll"], "did you mean --full?"),

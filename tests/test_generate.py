@@ -90,7 +90,7 @@ def test_image_does_not_depend_on_its_neighbours(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["20x6"], "argument digits: 'x' is not a class; the classes are 0 to 9"),
+        (["20x6"], "argument digits: 'x' is not a class; the classes are 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"),
         (["--labels", "3,12"], "argument --labels: '12' is not a class"),
         (["--labels", ""], "argument --labels: '' is not a class"),
         (["--interpolate", "3", "a"], "argument --interpolate: 'a' is not a class"),

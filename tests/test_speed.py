@@ -10,7 +10,8 @@ from torch import nn
 
 import acgan
 import speed
-from dataset import ShuffledBatches, load_mnist
+from batches import ShuffledBatches
+from dataset import load_dataset
 from models import Discriminator, Generator, UpsampleConv2d, load_network, weights_init_normal
 
 
@@ -51,7 +52,7 @@ class Steps:
 
     def __init__(self, data_root, batch_size=32, n=10):
         torch.manual_seed(0)
-        self.batches = ShuffledBatches(*load_mnist(data_root, 32), batch_size)
+        self.batches = ShuffledBatches(*load_dataset("mnist", data_root, 32)[:2], batch_size)
         self.indices = [indices for indices, _ in zip(self.batches, range(n), strict=False)]
         self.networks = Generator().apply(weights_init_normal), Discriminator().apply(weights_init_normal)
         self.batch_size = batch_size
