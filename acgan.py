@@ -37,7 +37,7 @@ from checkpoint import (
     restore,
 )
 from command_line import SEED, WHOLE, OneLineParser, flag, number
-from dataset import MANY, NAMES, FolderImages, LabelledImages, load_dataset
+from dataset import MANY, NAMES, FolderImages, LabelledImages, load_dataset, workers_for
 from evaluate import EpochScores
 from generate import draw_images
 from judge import WEIGHTS as JUDGE
@@ -182,7 +182,7 @@ def train(
     generator.classes = discriminator.classes = data.classes
     device = processes.device
     streamed = isinstance(data.images, FolderImages)
-    kind, workers = (StreamedBatches, {"workers": opt.n_cpu}) if streamed else (ShuffledBatches, {})
+    kind, workers = (StreamedBatches, {"workers": workers_for(opt.n_cpu)}) if streamed else (ShuffledBatches, {})
     batches = kind(data.images, data.labels, opt.batch_size, device, **workers, **processes.shard())
     if opt.img_size == 16 and batches.smallest() == 1:
         raise BadInput("argument --batch_size: at --img_size 16 the last batch must not be of one image")
@@ -331,8 +331,8 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
     )  # fmt: skip
     flag(
         group, "--n_cpu", WHOLE, 8,
-        f"workers that read a folder of {MANY:,} images or more, and, where it does not fit into memory, go on "
-        "reading; the other data sets stay in memory",
+        f"workers, at most one a core, that read a folder of {MANY:,} images or more, and go on reading where it does "
+        "not fit into memory; the other data sets stay in memory",
     )  # fmt: skip
     group = parser.add_argument_group("hardware").add_mutually_exclusive_group()
     group.add_argument(

@@ -132,22 +132,22 @@ def from_torchvision(name: str, data_root: Path, train: bool):
     kind, folder, files = SETS[name]
     folder = data_root / folder
     options = {"what": "train" if train else "test10k"} if name == "qmnist" else {"train": train}
+    put = f"put {', '.join(files)} there"
     try:
         unpack(folder)
         try:
             return kind(data_root, **options)
-        except RuntimeError:  # not there
-            return kind(data_root, download=True, **options)
+        except RuntimeError as error:
+            if "not found" not in str(error):
+                raise ValueError("damaged") from error
+        return kind(data_root, download=True, **options)
     except (ValueError, AssertionError, EOFError, IndexError, TypeError, gzip.BadGzipFile, pickle.PickleError) as error:
-        raise BadInput(
-            f"a file of {name} in {str(folder)!r} is damaged: delete its files, and put {', '.join(files)} there"
-        ) from error
+        raise BadInput(f"a file of {name} in {str(folder)!r} is damaged: delete its files, and {put}") from error
     except PermissionError as error:
         raise BadInput(f"argument --data_root: cannot write to {str(folder)!r}; name another folder") from error
     except (RuntimeError, URLError, OSError) as error:
         raise BadInput(
-            f"{name} is not in {str(folder)!r}, and could not be downloaded: "
-            f"put {', '.join(files)} there, or connect this machine"
+            f"{name} is not in {str(folder)!r}, and could not be downloaded: {put}, or connect this machine"
         ) from error
 
 
@@ -265,6 +265,12 @@ def load_folder(data_root: Path, img_size: int, workers: int) -> LabelledImages:
     except BadInput as error:  # a worker's comes with its traceback
         raise BadInput(str(error).strip().splitlines()[-1].removeprefix("utils.BadInput: ")) from None
     return LabelledImages(images, labels, found.classes)
+
+
+def workers_for(wanted: int) -> int:
+    """As many workers as wanted, but no more than there are cores for this process."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(wanted, cores)
 
 
 def free_memory() -> float:

