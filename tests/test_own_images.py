@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import pickle
-import random
 import re
 import struct
 import tarfile
@@ -14,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_same_run, read_board
-from PIL import Image, ImageDraw
+from PIL import Image
+from shapes import CLASSES, make_folder
 from torchvision import datasets
 
 import dataset
@@ -28,31 +28,6 @@ from models import load_network
 from utils import BadInput
 
 SMALL = ["--batch_size", 16, "--img_size", 32, "--log_interval", 1, "--sample_interval", 9]
-CLASSES = ["blue cross", "green box", "red disc"]
-
-
-def draw_shape(name: str, rng: random.Random) -> Image.Image:
-    """A colour picture of one class, of a size of its own, on a pale background."""
-    size = rng.randint(40, 90), rng.randint(40, 90)
-    image = Image.new("RGB", size, tuple(rng.randint(200, 255) for _ in range(3)))
-    pen, x, y, r = ImageDraw.Draw(image), size[0] // 2, size[1] // 2, rng.randint(10, 18)
-    if name == "red disc":
-        pen.ellipse((x - r, y - r, x + r, y + r), fill=(rng.randint(180, 255), 0, 0))
-    elif name == "green box":
-        pen.rectangle((x - r, y - r, x + r, y + r), fill=(0, rng.randint(120, 255), 0))
-    else:
-        pen.line((x - r, y - r, x + r, y + r), fill=(0, 0, 255), width=5)
-        pen.line((x - r, y + r, x + r, y - r), fill=(0, 0, 255), width=5)
-    return image
-
-
-def make_folder(root, per_class, seed=0):
-    rng = random.Random(seed)
-    for name in CLASSES:
-        (root / name).mkdir(parents=True)
-        for number in range(per_class):
-            draw_shape(name, rng).save(root / name / f"{number}.png")
-    return root
 
 
 @pytest.fixture(scope="module")
