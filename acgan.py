@@ -184,6 +184,10 @@ def train(
     streamed = isinstance(data.images, FolderImages)
     kind, workers = (StreamedBatches, {"workers": workers_for(opt.n_cpu)}) if streamed else (ShuffledBatches, {})
     batches = kind(data.images, data.labels, opt.batch_size, device, **workers, **processes.shard())
+    if batches.smallest() == 0:
+        raise BadInput(
+            f"argument --data_root: {len(data.labels)} images are fewer than the {processes.world} processes"
+        )
     if opt.img_size == 16 and batches.smallest() == 1:
         raise BadInput("argument --batch_size: at --img_size 16 the last batch must not be of one image")
     max_steps = min(opt.max_steps or math.inf, opt.n_epochs * len(batches))
@@ -218,7 +222,9 @@ def train(
     settings = {"options": options, "seed": opt.seed, "device": str(device), "classes": data.classes}
     record = (opt.out_dir, settings, len(batches), opt.n_epochs, max_steps, opt.log_interval, checkpoint)
     with StopRequest() as stop, RunLog(*record) if processes.first else SilentLog() as log:
-        checkpoints = Checkpoints(opt.out_dir, opt.checkpoint_interval, options, device, log, processes.first, **parts)
+        checkpoints = Checkpoints(
+            opt.out_dir, opt.checkpoint_interval, options, summary(data), device, log, processes.first, **parts
+        )
         if not checkpoint:
             log.graphs(generator, discriminator, graph_z.to(device), graph_label.to(device), graph_img.to(device))
         elif checkpoint["file"] != opt.out_dir / NEWEST:
@@ -409,8 +415,16 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
     return opt
 
 
-def check_against_data(opt: argparse.Namespace, data: LabelledImages) -> None:
-    """Take the channels and the number of classes from the data; BadInput if they were given and are others."""
+def summary(data: LabelledImages) -> dict:
+    """What a checkpoint says of its data."""
+    return {"classes": data.classes, "images": len(data.labels)}
+
+
+def check_against_data(opt: argparse.Namespace, data: LabelledImages, checkpoint: dict | None) -> None:
+    """Take channels and number of classes from the data. BadInput if those given, or resumed with, are others."""
+    if checkpoint and checkpoint["data"] not in (None, summary(data)):
+        raise BadInput("argument --resume: the checkpoint is of other classes or another number of images: "
+                       "name its own --data_root")  # fmt: skip
     for name, found in [("n_classes", len(data.classes)), ("channels", data.images.shape[1])]:
         given = getattr(opt, name)
         if given not in (None, found):
@@ -460,9 +474,9 @@ def main(argv: list[str] | None = None) -> int:
             opt.seed = processes.from_first(draw_seed())
             announce(f"Seed: {opt.seed}; --seed {opt.seed} repeats this run.")
         data = processes.first_goes_first(
-            lambda: load_dataset(opt.dataset, opt.data_root, opt.img_size, workers=opt.n_cpu)
+            lambda: load_dataset(opt.dataset, opt.data_root, opt.img_size, workers=workers_for(opt.n_cpu))
         )
-        check_against_data(opt, data)
+        check_against_data(opt, data, checkpoint)
         status = train(opt, processes, data, checkpoint)
         processes.close()
         return status

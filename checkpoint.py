@@ -31,6 +31,7 @@ class Checkpoints:
         interval: batches between checkpoints; None for one every `SECONDS`.
         options: the run's options, as plain data.
         device: where the run trains; its random state is kept too.
+        data: {"classes": names, "images": number} of the training set; a resumed run must have the same.
         log: the RunLog, whose state says how much of the record belongs to a checkpoint.
         writes: False in all processes but the first: nothing is written.
         parts: what else has a state, under the names of PARTS: objects with state_dict().
@@ -38,11 +39,13 @@ class Checkpoints:
 
     SECONDS = 120
 
-    def __init__(self, out_dir: Path, interval: int | None, options: dict, device, log, writes: bool = True, **parts):
+    def __init__(
+        self, out_dir: Path, interval: int | None, options: dict, data: dict, device, log, writes=True, **parts
+    ):
         self.writes = writes
         self.out_dir = out_dir
         self.interval = interval
-        self.options = options
+        self.options, self.data = options, data
         self.device = device
         self.log = log
         self.parts = parts
@@ -82,6 +85,7 @@ class Checkpoints:
             "steps": steps,
             "finished": finished,
             "options": self.options,
+            "data": self.data,
             "random": random_state(self.device),
             "log": self.log.state_dict(),
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
@@ -164,7 +168,8 @@ def read_checkpoint(path: Path, quiet: bool = False) -> dict:
                 and set(PARTS) <= packed["parts"].keys()
                 and {"log_dir", "sizes", "pending", "seconds"} <= packed["log"].keys()
             )
-            packed = {key: packed[key] for key in ("steps", "finished", "options", "random", "log", "parts")}
+            packed.setdefault("data", None)  # older ones lack it
+            packed = {key: packed[key] for key in ("steps", "finished", "options", "data", "random", "log", "parts")}
         except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
             continue
         if not whole:

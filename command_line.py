@@ -6,7 +6,7 @@ import math
 import signal
 from pathlib import Path
 
-from utils import BadInput, Stopped, announce, out_of_memory, raise_stopped, stop_signals
+from utils import BadInput, Stopped, announce, check_writable, out_of_memory, raise_stopped, stop_signals
 
 HERE = Path(__file__).resolve().parent
 
@@ -58,7 +58,15 @@ def data_flags(group, names) -> None:
         group, "--data_root", Path, HERE / "data" / "unpacked", "folder of the real images, as of acgan.py",
         "DIR", "data/unpacked beside acgan.py",
     )  # fmt: skip
-    flag(group, "--test_root", Path, None, "the test images of --dataset folder, likewise", "DIR", "the data set's own")
+    flag(
+        group,
+        "--test_root",
+        Path,
+        None,
+        "folder of test images, for --dataset folder",
+        "DIR",
+        "the others have their own",
+    )
 
 
 WHOLE = number(int, "a whole number from 1 to 2147483647", lambda value: 1 <= value < 2**31)
@@ -87,6 +95,13 @@ def exit_status(prog: str, command) -> int:
     except OSError as error:
         announce(f"{prog}: error: cannot write {error.filename or 'its output'}: {error.strerror or error}")
     return 2
+
+
+def check_output(flag: str, path: Path) -> None:
+    """Raise BadInput unless a file can be written to `path`. Leaves no trace."""
+    if path.is_dir() or not path.name:
+        raise BadInput(f"argument {flag}: {str(path)!r} is a folder; name a file")
+    check_writable(flag, path.parent)
 
 
 def read_network(what: str, path: Path, loader):

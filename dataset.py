@@ -4,6 +4,8 @@ import contextlib
 import gzip
 import os
 import pickle
+import warnings
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 from urllib.error import URLError
@@ -73,6 +75,9 @@ def load_dataset(name: str, data_root: str | Path, img_size: int, train: bool = 
     labels = torch.as_tensor(source.targets)
     labels = labels[:, 0] if name == "qmnist" else labels  # the other columns tell who wrote it
     classes = [str(digit) for digit in range(10)] if name == "qmnist" else list(source.classes)
+    if len(source.data) != len(labels) or labels.min() < 0 or labels.max() >= len(classes):
+        raise BadInput(f"a file of {name} below {str(data_root)!r} is damaged: {len(source.data):,} images, but "
+                       f"{len(labels):,} labels from {labels.min()} to {labels.max()}")  # fmt: skip
     return LabelledImages(resized(source, img_size), labels, classes)
 
 
@@ -83,12 +88,14 @@ def load_train_and_test(name: str, data_root: Path, test_root: Path | None, img_
         BadInput: as load_dataset; or a folder's parts do not match, or do not fit into memory.
     """
     if name != "folder":
+        if test_root is not None:
+            raise BadInput(f"argument --test_root: only for --dataset folder; {name} has test images of its own")
         return tuple(load_dataset(name, data_root, img_size, train) for train in (True, False))
     if test_root is None:
         raise BadInput(
             "argument --test_root: needed with --dataset folder; name a folder of real images kept for testing"
         )
-    parts = tuple(load_dataset(name, root, img_size, workers=workers) for root in (data_root, test_root))
+    parts = (load_folder(data_root, img_size, workers), load_folder(test_root, img_size, workers, "--test_root"))
     if parts[0].classes != parts[1].classes or parts[0].images.shape[1] != parts[1].images.shape[1]:
         raise BadInput(
             f"argument --test_root: {str(test_root)!r} has other classes or channels than {str(data_root)!r}"
@@ -132,6 +139,7 @@ def from_torchvision(name: str, data_root: Path, train: bool):
     kind, folder, files = SETS[name]
     folder = data_root / folder
     options = {"what": "train" if train else "test10k"} if name == "qmnist" else {"train": train}
+    missing = [part for part in (folder, folder.parent) if not part.exists()]
     put = f"put {', '.join(files)} there"
     try:
         unpack(folder)
@@ -141,11 +149,15 @@ def from_torchvision(name: str, data_root: Path, train: bool):
             if "not found" not in str(error):
                 raise ValueError("damaged") from error
         return kind(data_root, download=True, **options)
-    except (ValueError, AssertionError, EOFError, IndexError, TypeError, gzip.BadGzipFile, pickle.PickleError) as error:
+    except (ValueError, AssertionError, EOFError, IndexError, TypeError, gzip.BadGzipFile, zlib.error,
+            pickle.PickleError) as error:  # fmt: skip
         raise BadInput(f"a file of {name} in {str(folder)!r} is damaged: delete its files, and {put}") from error
     except PermissionError as error:
         raise BadInput(f"argument --data_root: cannot write to {str(folder)!r}; name another folder") from error
     except (RuntimeError, URLError, OSError) as error:
+        for part in missing:
+            with contextlib.suppress(OSError):
+                part.rmdir()  # what torchvision made and left empty
         raise BadInput(
             f"{name} is not in {str(folder)!r}, and could not be downloaded: {put}, or connect this machine"
         ) from error
@@ -160,10 +172,20 @@ def unpack(folder: Path) -> None:
 
 
 class VisibleFolders(datasets.ImageFolder):
-    """ImageFolder that passes over hidden folders, such as .git, and reads PNG and JPEG."""
+    """ImageFolder that passes over what is hidden, such as .git, and reads PNG and JPEG.
 
-    def __init__(self, root: Path):
-        super().__init__(root, is_valid_file=lambda path: path.lower().endswith((".png", ".jpg", ".jpeg")))
+    Args:
+        root: the folder of the classes.
+        flag: that named it.
+    """
+
+    def __init__(self, root: Path, flag: str):
+        self.flag = flag
+        super().__init__(root, is_valid_file=self.wanted)
+
+    def wanted(self, path: str) -> bool:
+        hidden = any(part.startswith(".") for part in Path(path).relative_to(self.root).parts)
+        return path.lower().endswith((".png", ".jpg", ".jpeg")) and not hidden
 
     def find_classes(self, directory) -> tuple[list[str], dict[str, int]]:
         classes = sorted(
@@ -171,9 +193,12 @@ class VisibleFolders(datasets.ImageFolder):
         )
         if len(classes) < 2:
             raise BadInput(
-                f"argument --data_root: {str(directory)!r} holds {len(classes)} folders of images, "
+                f"argument {self.flag}: {str(directory)!r} holds {len(classes)} folders of images, "
                 "but a class needs another to be told from: put each class's images into a folder of its own"
             )
+        for name in classes:
+            if not name.isprintable():
+                raise BadInput(f"argument {self.flag}: {name!r} cannot be printed as the name of a class; rename it")
         return classes, {name: number for number, name in enumerate(classes)}
 
 
@@ -202,10 +227,18 @@ class FolderImages:
             return torch.stack([self[int(i)] for i in index])
         path = self.paths[index]
         try:
-            with Image.open(path) as image:
+            with quiet(), Image.open(path) as image:
                 return self.fit(plain(ImageOps.exif_transpose(image), self.channels))
         except Exception as error:  # Pillow's readers meet garbage in a dozen ways
             raise BadInput(f"{path} is damaged, or is no image ({first_line(error)}): mend or remove it") from error
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without Pillow's warnings: a large picture is as good as any, and what is damaged raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def plain(image: Image.Image, channels: int) -> Image.Image:
@@ -218,35 +251,36 @@ def plain(image: Image.Image, channels: int) -> Image.Image:
     return image.convert("L" if channels == 1 else "RGB")
 
 
-def load_folder(data_root: Path, img_size: int, workers: int) -> LabelledImages:
-    """DATA_ROOT/CLASS/*.png or .jpg: grey if all of them are, else colour; cropped to a square around the middle.
+def load_folder(data_root: Path, img_size: int, workers: int, flag: str = "--data_root") -> LabelledImages:
+    """DATA_ROOT/CLASS/**/*.png or .jpg: grey if all of them are, else colour; cropped to a square around the middle.
 
     Raises:
         BadInput: the folder or one in it cannot be read, a class is alone or empty, or a file is no image.
     """
     if not data_root.is_dir():
-        raise BadInput(
-            f"argument --data_root: no folder {str(data_root)!r}; name one that holds a folder for each class"
-        )
+        raise BadInput(f"argument {flag}: no folder {str(data_root)!r}; name one that holds a folder for each class")
 
     def fail(error: OSError):
-        raise BadInput(f"argument --data_root: cannot read {error.filename!r} ({error.strerror})") from error
+        raise BadInput(f"argument {flag}: cannot read {error.filename!r} ({error.strerror})") from error
 
-    for _ in os.walk(data_root, onerror=fail):
-        pass
+    seen = set()
+    for folder, _, _ in os.walk(data_root, onerror=fail, followlinks=True):
+        if os.path.realpath(folder) in seen:
+            raise BadInput(f"argument {flag}: {folder!r} is a link to a folder that was met already; remove it")
+        seen.add(os.path.realpath(folder))
     try:
-        found = VisibleFolders(data_root)
+        found = VisibleFolders(data_root, flag)
     except FileNotFoundError as error:
-        raise BadInput(f"argument --data_root: {first_line(error)}; it needs .png or .jpg files") from error
+        raise BadInput(f"argument {flag}: {first_line(error)}; it needs .png or .jpg files") from error
     paths, labels = [path for path, _ in found.samples], torch.tensor([label for _, label in found.samples])
     channels = 1
     for path in paths:  # headers only
         try:
-            with Image.open(path) as image:
+            with quiet(), Image.open(path) as image:
                 if image.mode not in GREY_MODES:
                     channels = 3
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            what = "empty" if os.path.getsize(path) == 0 else "no image that can be read"
+            what = "empty" if os.path.exists(path) and os.path.getsize(path) == 0 else "no image that can be read"
             raise BadInput(f"{path} is {what}: mend or remove it") from error
     files = FolderImages(paths, channels, img_size)
     n_bytes = len(paths) * channels * img_size**2

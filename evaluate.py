@@ -64,6 +64,14 @@ ROWS = [
 CLASS_ROWS = [row for row in ROWS if row[0] in ("agreement", "fid", "density", "coverage", "ms_ssim")]
 
 
+def images_by_class(labels: torch.Tensor, n_classes: int) -> torch.Tensor:
+    """How many images each class has, int64 (n_classes,). Raises BadInput if one has fewer than two."""
+    counts = torch.bincount(labels, minlength=n_classes)
+    if counts.min() < 2:
+        raise BadInput(f"class number {int(counts.argmin())} has {int(counts.min())} real images, but two are needed")
+    return counts
+
+
 def balanced(images, labels, per_class: int, n_classes: int, seed: int):
     """`per_class` random images of each class, or as many as the smallest class has; the classes in turn.
 
@@ -73,9 +81,7 @@ def balanced(images, labels, per_class: int, n_classes: int, seed: int):
     Raises:
         BadInput: a class has fewer than two images.
     """
-    counts = torch.bincount(labels, minlength=n_classes)
-    if counts.min() < 2:
-        raise BadInput(f"class {int(counts.argmin())} has {int(counts.min())} real images: too few to compare with")
+    counts = images_by_class(labels, n_classes)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     per_class = min(per_class, int(counts.min()))
     by_class = [order[labels[order] == label][:per_class] for label in range(n_classes)]
@@ -241,6 +247,8 @@ class EpochScores:
     def begin(self, log, steps: int) -> None:
         """Record in `log`, a RunLog, after `steps` batches; a scoring that was cut short there is made up for."""
         self.log = log
+        if self.interval is None:
+            return
         if steps and steps % self.steps_per_epoch == 0 and log.scored_step != steps - 1:
             self.after_epoch(steps // self.steps_per_epoch - 1)
 
@@ -324,8 +332,9 @@ def evaluate(opt: argparse.Namespace) -> dict:
     counts = FULL if opt.full else QUICK
     n_classes, img_size = judge.config["n_classes"], judge.config["img_size"]
     train_set, test_set = load_train_and_test(opt.dataset, opt.data_root, opt.test_root, img_size)
-    if train_set.classes != judge.classes:
-        raise BadInput(f"argument --dataset: {opt.dataset} has other classes than the judge and the generator")
+    if train_set.classes != judge.classes or train_set.images.shape[1] != judge.config["channels"]:
+        raise BadInput(f"argument --dataset: {opt.dataset} has other classes or channels than judge and generator")
+    images_by_class(test_set.labels, n_classes)
     labels = torch.arange(n_classes).repeat(max(counts.scored, counts.cas))
     images = torch.cat(list(draw_set(generator, labels, opt.seed)))
     card = scorecard(images, labels, train_set[:2], test_set[:2], judge, counts, opt.seed, discriminator, device)

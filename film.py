@@ -6,14 +6,15 @@ python film.py runs/a --rows 4
 
 import argparse
 import io
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, UnidentifiedImageError
 
-from command_line import WHOLE, OneLineParser, exit_status, flag
-from utils import BadInput, check_writable, print_line, whole_file
+from command_line import WHOLE, OneLineParser, check_output, exit_status, flag
+from utils import BadInput, print_line, whole_file
 
 CAPTION = 14  # pixels above the grid
 GRID_ROWS = 10  # of every grid
@@ -36,6 +37,8 @@ def read_frame(path: Path, step: int, rows: int) -> Image.Image:
     except (UnidentifiedImageError, OSError) as error:
         raise BadInput(f"{path} is damaged, or is no picture: delete it to leave it out") from error
     cell = (grid.height - 2) // GRID_ROWS  # an image and the line above it; two more pixels below
+    if cell < 3:
+        raise BadInput(f"{path} is no grid of {GRID_ROWS} rows: delete it to leave it out")
     grid = grid.crop((0, 0, grid.width, cell * rows + 2))
     frame = Image.new("RGB", (grid.width, grid.height + CAPTION), "white")
     frame.paste(grid, (0, CAPTION))
@@ -45,7 +48,9 @@ def read_frame(path: Path, step: int, rows: int) -> Image.Image:
 
 def make_film(run: Path, out: Path, count: int, rows: int, milliseconds: int) -> int:
     """Write the GIF; returns its number of frames. Raises BadInput where there are no grids, or OSError."""
-    grids = {int(path.stem): path for path in (run / "images" / "fixed_z").glob("*.png") if path.stem.isdigit()}
+    grids = {
+        int(path.stem): path for path in (run / "images" / "fixed_z").glob("*.png") if re.fullmatch("[0-9]+", path.stem)
+    }
     if len(grids) < 2:
         raise BadInput(
             f"argument run: fewer than two grids in {str(run / 'images' / 'fixed_z')!r}; name a run's folder"
@@ -88,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     opt = parse_args(argv)
 
     def command():
-        check_writable("--out", opt.out.parent)
+        check_output("--out", opt.out)
         count = make_film(opt.run, opt.out, opt.frames, opt.rows, opt.milliseconds)
         print_line(f"{opt.out}: {count} frames, {opt.out.stat().st_size / 2**20:.1f} MB")
 

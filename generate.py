@@ -17,9 +17,9 @@ import torch
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from command_line import SEED, WHOLE, OneLineParser, device_flag, exit_status, flag, read_network
+from command_line import SEED, WHOLE, OneLineParser, check_output, device_flag, exit_status, flag, read_network
 from models import Generator, load_network
-from utils import BadInput, check_writable, choose_device, on_terminal, print_line, whole_file
+from utils import BadInput, choose_device, on_terminal, print_line, whole_file
 
 WEIGHTS = Path(__file__).resolve().parent / "weights" / "acgan_gen.pth"
 CHUNK = 500  # images drawn at a time
@@ -117,8 +117,10 @@ def write_png(path: Path, imgs: torch.Tensor, nrow: int) -> None:
 
 def classes_of(words: list[str], what: str, classes: list[str]) -> list[int]:
     """Class numbers for what a person typed: the classes' names, or else their numbers. Raises BadInput."""
-    known = {str(number): number for number in range(len(classes))}
-    known |= {name: number for number, name in enumerate(classes)}
+    known = {name: number for number, name in enumerate(classes)}
+    if not any(name.isdigit() for name in classes):
+        known |= {str(number): number for number in range(len(classes))}
+    words = words or [""]
     for word in words:
         if word not in known:
             names = ", ".join(classes[:20]) + (f", ... ({len(classes)} in all)" if len(classes) > 20 else "")
@@ -142,7 +144,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="walk from class A to class B instead, through the label embedding (default: off)",
     )  # fmt: skip
     flag(parser, "-n", WHOLE, 5, "images of each class asked for, that is, rows of the picture")
-    flag(parser, "--steps", WHOLE, 10, "images of each walk of --interpolate")
+    flag(parser, "--steps", WHOLE, None, "images of each walk of --interpolate, 2 or more", shown="10")
     flag(parser, "--seed", SEED, 0, "seed of the noise: another one, other variants")
     flag(
         parser,
@@ -153,7 +155,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "FILE",
         "the one that comes along",
     )
-    flag(parser, "--out", Path, Path("generated.png"), "picture to write", "FILE")
+    flag(parser, "--out", Path, None, "picture to write", "FILE", "generated.png")
     flag(
         parser, "--npz", Path, None,
         "write a data set instead: images, uint8 (N, C, H, W), and labels, int64 (N,), the classes in turn",
@@ -163,8 +165,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     opt = parser.parse_args(argv)
     if opt.npz and opt.interpolate:
         parser.error("argument --npz: not allowed with argument --interpolate, which has no labels")
-    if opt.steps < 2:
+    if opt.npz and opt.out:
+        parser.error("argument --npz: not allowed with argument --out, as it takes the place of the picture")
+    if opt.steps and not opt.interpolate:
+        parser.error("argument --steps: only with argument --interpolate")
+    if opt.steps == 1:
         parser.error("argument --steps: a walk has at least 2 images")
+    opt.out, opt.steps = opt.out or Path("generated.png"), opt.steps or 10
     return opt
 
 
@@ -182,14 +189,14 @@ def generate(opt: argparse.Namespace) -> None:
         labels = list(range(len(generator.classes)))
 
     if opt.npz:
-        check_writable("--npz", opt.npz.parent)
+        check_output("--npz", opt.npz)
         write_npz(opt.npz, generator, torch.tensor(labels).repeat(opt.n), opt.seed)
         print_line(f"{opt.npz}: {len(labels) * opt.n:,} images")
         return
     columns = opt.steps if opt.interpolate else len(labels)
     if columns * opt.n > PNG_LIMIT:
         raise BadInput(f"argument -n: more than {PNG_LIMIT:,} images do not fit one picture; --npz has no limit")
-    check_writable("--out", opt.out.parent)
+    check_output("--out", opt.out)
     noise = torch.Generator().manual_seed(opt.seed)
     if opt.interpolate:
         z = torch.randn(opt.n, generator.config["latent_dim"], generator=noise)

@@ -15,11 +15,21 @@ from torch import nn
 from tqdm import tqdm
 
 from batches import normalize
-from command_line import SEED, WHOLE, OneLineParser, data_flags, device_flag, exit_status, flag, read_network
+from command_line import (
+    SEED,
+    WHOLE,
+    OneLineParser,
+    check_output,
+    data_flags,
+    device_flag,
+    exit_status,
+    flag,
+    read_network,
+)
 from dataset import NAMES, load_train_and_test
 from models import load_network, pack_network, write_weights
 from speed import tune_process
-from utils import announce, check_writable, choose_device, on_terminal, print_line
+from utils import announce, choose_device, on_terminal, print_line
 
 WEIGHTS = Path(__file__).resolve().parent / "weights" / "judge.pth"
 CHUNK = 500  # images judged at a time
@@ -155,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     def command():
         device, why = choose_device(opt.device)
         tune_process(device)
-        check_writable("--out", opt.out.parent)
+        check_output("--out", opt.out)
         if why:
             announce(why)
         data, test = load_train_and_test(opt.dataset, opt.data_root, opt.test_root, opt.img_size)

@@ -230,6 +230,8 @@ def load_network(path, device="cpu", kinds=(Generator, Discriminator)) -> nn.Mod
         with torch.random.fork_rng(devices=[]):  # the weights that it is born with are drawn, and then replaced
             network = kinds[packed["network"]](**packed["config"])
         network.load_state_dict(packed["state_dict"])
+        if not all(torch.isfinite(tensor).all() for tensor in network.state_dict().values()):
+            raise ValueError("a number in it is not finite")
         network.classes = [str(name) for name in packed.get("classes", network.classes)]
         if len(network.classes) != network.config["n_classes"]:
             raise ValueError("a name for each class is wanted")

@@ -33,7 +33,7 @@ class Processes:
             return
         local = int(os.environ["LOCAL_RANK"])
         if device.type == "cuda":
-            if local >= torch.cuda.device_count():
+            if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
                 raise BadInput(
                     f"torchrun: --nproc_per_node is more than this machine's {torch.cuda.device_count()} GPUs"
                 )

@@ -131,7 +131,7 @@ class RunLog:
         threading.excepthook = quiet_disk_errors  # the event writer's thread; its errors also reach add_scalar
         self.open_board()
         if checkpoint is None:
-            self.to_board("add_text", "classes", ", ".join(settings["classes"]))  # the columns of the grids
+            self.to_board("add_text", "classes", ", ".join(settings.get("classes", [])))  # the columns of the grids
         self.run_start = time.monotonic()
 
     def open_rows(self) -> None:
@@ -328,12 +328,15 @@ class RunLog:
             best = load_data(self.out_dir / BEST[0])["scores"]["intra_fid"]
         except (OSError, ValueError, KeyError, TypeError):
             best = math.inf
+        kept = False
         if scores["intra_fid"] < best:
             with self.tolerating("the best generator"):
-                for name, network in zip(BEST, (generator, discriminator), strict=True):
+                # G last: its scores are those compared, so after a fault between the two both are written again
+                for name, network in zip(reversed(BEST), (discriminator, generator), strict=True):
                     write_weights(self.out_dir / name, pack_network(network) | {"scores": {"step": step} | scores})
+                kept = True
         text = f"agreement {scores['agreement']:.2%}, FID {scores['fid']:.3f}, intra-FID {scores['intra_fid']:.3f}"
-        announce(f"After batch {step}: {text}{', the best so far' if scores['intra_fid'] < best else ''}.")
+        announce(f"After batch {step}: {text}{', the best so far' if kept else ''}.")
 
     def save_weights(self, generator, discriminator) -> None:
         """Write acgan_gen.pth and acgan_dist.pth: tensors and sizes only; `models.load_network` reads them."""

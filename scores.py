@@ -15,6 +15,7 @@ from utils import BadInput
 
 NEAREST = 5  # k of density and coverage
 MS_SSIM_BETAS = (0.0448, 0.2856, 0.3001)  # the first three of the usual five scales; 32 px has no room for more
+MS_SSIM_SMALL = 28  # pixels; images below have room for two scales only
 MS_SSIM_SIGMA = 0.8  # pixels: a window of 7, where the usual 1.5 gives 11
 
 
@@ -73,7 +74,7 @@ def fid(real: torch.Tensor, fake: torch.Tensor) -> float:
     metric = FrechetInceptionDistance(PassThrough(real.shape[1])).set_dtype(torch.float64)
     metric.update(real.double(), real=True)
     metric.update(fake.double(), real=False)
-    return max(0.0, metric.compute().item())
+    return max(metric.compute().item(), 0.0)  # in this order, nan stays nan
 
 
 def density_and_coverage(real: torch.Tensor, fake: torch.Tensor) -> tuple[float, float]:
@@ -110,10 +111,10 @@ def same_class_ms_ssim(images: torch.Tensor, pairs: int, seed: int) -> float:
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(len(images), (pairs,), generator=generator)
     second = (first + torch.randint(1, len(images), (pairs,), generator=generator)) % len(images)
-    total = sum(MS_SSIM_BETAS)
+    betas = MS_SSIM_BETAS if images.shape[-1] >= MS_SSIM_SMALL else MS_SSIM_BETAS[:2]
     values = ms_ssim(
         images[first].float() / 255, images[second].float() / 255, sigma=MS_SSIM_SIGMA, kernel_size=7, data_range=1.0,
-        betas=tuple(beta / total for beta in MS_SSIM_BETAS), reduction="none",
+        betas=tuple(beta / sum(betas) for beta in betas), reduction="none",
     )  # fmt: skip
     return values.mean().item()
 

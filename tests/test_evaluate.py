@@ -1,6 +1,7 @@
 """The scorecard: it tells good from bad, and the committed one is what the committed weights get."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -129,6 +130,9 @@ def test_measures_against_cases_worked_out_by_hand():
     points = torch.arange(8.0)[:, None]  # k = 5: the ball of each reaches five neighbours
     assert density_and_coverage(points, points + 100) == (0, 0)
     assert density_and_coverage(points, points[:1]) == pytest.approx((3 / 5, 3 / 8))  # in the balls around 0, 1 and 2
+    assert math.isnan(fid(features, features * float("nan")))  # and not 0, the best
+    small = torch.randint(256, (4, 1, 16, 16), generator=generator, dtype=torch.uint8)
+    assert -0.5 < same_class_ms_ssim(small, 5, 0) < 0.5
     one = torch.randint(256, (1, 1, 32, 32), generator=generator, dtype=torch.uint8)
     assert same_class_ms_ssim(one.repeat(3, 1, 1, 1), 5, 0) == pytest.approx(1)
 

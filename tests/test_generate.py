@@ -11,6 +11,7 @@ import film
 import generate
 from judge import WEIGHTS as JUDGE_WEIGHTS
 from judge import judge_images, load_judge
+from models import Generator, pack_network, write_weights
 
 
 def call(command, *flags):
@@ -91,6 +92,12 @@ def test_image_does_not_depend_on_its_neighbours(tmp_path):
     ("flags", "words"),
     [
         (["20x6"], "argument digits: 'x' is not a class; the classes are 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"),
+        ([""], "argument digits: '' is not a class"),
+        (["1", "--out", "."], "argument --out: '.' is a folder; name a file"),
+        (["--npz", "/tmp"], "argument --npz: '/tmp' is a folder; name a file"),
+        (["--npz", "a.npz", "--out", "b.png"], "argument --npz: not allowed with argument --out"),
+        (["--steps", "3"], "argument --steps: only with argument --interpolate"),
+        (["--weights", "nan.pth"], "argument --weights: nan.pth is damaged"),
         (["--labels", "3,12"], "argument --labels: '12' is not a class"),
         (["--labels", ""], "argument --labels: '' is not a class"),
         (["--interpolate", "3", "a"], "argument --interpolate: 'a' is not a class"),
@@ -107,10 +114,13 @@ def test_image_does_not_depend_on_its_neighbours(tmp_path):
 def test_mistakes(flags, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.pth").write_text("no weights")
+    broken = Generator()
+    torch.nn.init.constant_(broken.label_emb.weight, float("nan"))
+    write_weights(tmp_path / "nan.pth", pack_network(broken))
     assert call(generate, *flags) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("generate.py: error: ") and words in err
-    assert [path.name for path in tmp_path.iterdir()] == ["text.pth"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["nan.pth", "text.pth"]
 
 
 def test_film_of_a_run(run, tmp_path, capsys):

@@ -60,6 +60,9 @@ def test_folder_trains_samples_and_resumes_to_the_last_bit(shapes, start_on, tmp
     status, _, err = start_on(shapes, "--resume", "--max_steps", 20, "--out_dir", resumed)
     assert status == 0, err
     assert_same_run(resumed, straight)
+    status, _, err = start_on(make_folder(tmp_path / "other", 5), "--resume", "--max_steps", 30, "--out_dir", resumed)
+    assert status == 2 and "argument --resume: the checkpoint is of other classes or another number of images" in err
+    assert_same_run(resumed, straight)
     assert json.loads((straight / "config.json").read_text())["classes"] == CLASSES
     grid = np.asarray(Image.open(straight / "images" / "18.png"))
     assert grid.shape == (10 * 34 + 2, 3 * 34 + 2, 3) and (grid[..., 0] != grid[..., 2]).any()  # in colour
@@ -147,6 +150,7 @@ def test_mixed_modes_become_one(tmp_path):
     Image.fromarray(np.full((50, 50), 128 * 257, np.uint16)).save(tmp_path / "b" / "sixteen.png")
     Image.new("1", (20, 20), 1).save(tmp_path / "b" / "bits.png")
     (tmp_path / "b" / "notes.txt").write_text("passed over")
+    (tmp_path / "b" / "._photo.png").write_text("passed over")
     images, labels, classes = load_dataset("folder", tmp_path, 16)
     assert classes == ["a", "b"] and labels.tolist() == [0, 0, 0, 1, 1, 1]
     wanted = [(200, 0, 0), (200, 0, 0), (255, 255, 255), (255, 255, 255), (200, 0, 0), (128, 128, 128)]
@@ -170,6 +174,9 @@ def test_mixed_modes_become_one(tmp_path):
         ("text", "green box/2.png is no image that can be read: mend or remove it"),
         ("zero bytes", "green box/2.png is empty: mend or remove it"),
         ("truncated", "green box/2.png is damaged, or is no image"),
+        ("loop", "is a link to a folder that was met already"),
+        ("dangling", "2.png is no image that can be read"),
+        ("name", "cannot be printed as the name of a class"),
         ("channels", r"argument --channels: the data \(folder\) has 3, not 1"),
         ("n_classes", r"argument --n_classes: the data \(folder\) has 3, not 10"),
     ],
@@ -192,6 +199,13 @@ def test_mistakes(harm, words, copy, start_on, tmp_path):
         path.write_text("no image")
     elif harm == "zero bytes":
         path.write_bytes(b"")
+    elif harm == "loop":
+        (copy / "green box" / "self").symlink_to(copy / "green box")
+    elif harm == "dangling":
+        path.unlink()
+        path.symlink_to("nowhere.png")
+    elif harm == "name":
+        (copy / "green box").rename(copy / "green\nbox")
     elif harm == "truncated":
         path.write_bytes(path.read_bytes()[:-60])
     else:
@@ -236,6 +250,19 @@ def test_idx_sets_are_read_from_the_files_put_there(name, tmp_path, start):
                     tmp_path / "run", "--data_root", tmp_path)  # fmt: skip
     assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
     assert load_network(tmp_path / "run" / "acgan_gen.pth").classes == classes
+
+    labels_file = (tmp_path / folder / files[1]).with_suffix("")
+    whole = labels_file.read_bytes()
+    rows, width = (20, 32) if name == "qmnist" else (20, 1)
+    labels_file.write_bytes(whole[:4] + struct.pack(">I", rows) + whole[8 : len(whole) - (30 - rows) * width])
+    with pytest.raises(BadInput, match="is damaged: 30 images, but 20 labels"):
+        load_dataset(name, tmp_path, 28)
+    labels_file.unlink()
+    packed = (tmp_path / folder / files[1]).read_bytes()
+    (tmp_path / folder / files[1]).write_bytes(packed[:20] + bytes(10) + packed[30:])
+    with pytest.raises(BadInput, match=f"a file of {name} in '.*' is damaged"):
+        load_dataset(name, tmp_path, 28)
+    labels_file.write_bytes(whole)
 
     damaged = (tmp_path / folder / files[0]).with_suffix("")
     damaged.write_bytes(damaged.read_bytes()[:5000])
@@ -284,7 +311,7 @@ def test_no_files_and_no_network_says_what_to_put_where(name, tmp_path, monkeypa
     with pytest.raises(BadInput) as error:
         load_dataset(name, tmp_path, 28)
     assert f"{name} is not in '{tmp_path / folder}', and could not be downloaded: put {files[0]}" in str(error.value)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
 def test_every_image_size_trains_in_colour(start_on, shapes, tmp_path):
@@ -310,5 +337,5 @@ def test_every_image_size_trains_in_colour(start_on, shapes, tmp_path):
 def test_scores_of_too_few_images_are_refused(shapes):
     few = load_dataset("folder", shapes, 32)
     few = few._replace(images=few.images[:71], labels=few.labels[:71])  # none of the third class
-    with pytest.raises(BadInput, match="class 2 has 0 real images"):
+    with pytest.raises(BadInput, match="class number 2 has 0 real images"):
         balanced(few.images, few.labels, 10, 3, 0)

@@ -134,6 +134,15 @@ def test_term_stops_both_after_the_same_batch(start_two, tmp_path):
     assert len(first) == len(second) == len(rows)
 
 
+def test_finished_run_goes_on_from_the_end_of_its_epoch(start_two, tmp_path):
+    process = start_two(tmp_path / "notes", "--out_dir", tmp_path, "--n_epochs", 1)
+    assert process.wait(60) == 0 and len(read_rows(tmp_path)) == 13
+    process = start_two(tmp_path / "notes", "--resume", "--n_epochs", 2, "--out_dir", tmp_path, steps=15)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert len(read_rows(tmp_path)) == 15
+
+
 def test_checkpoint_of_two_is_not_for_one(straight, run):
     before = (straight / "checkpoint.pt").read_bytes()
     result = run("--resume", "--max_steps", 30, "--out_dir", straight)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 
+import few_digits
 import pytest
 import torch
 from conftest import assert_same_run, read_board, read_rows
@@ -38,8 +39,9 @@ def half(run, tmp_path_factory):
 
 
 @pytest.fixture
-def copy(half, tmp_path):
-    """A copy of that folder for one test to harm."""
+def copy(half, tmp_path, monkeypatch):
+    """A copy of that folder for one test to harm, or to go on with on the same few digits."""
+    monkeypatch.setattr(acgan, "load_dataset", few_digits.first(DIGITS))
     shutil.copytree(half, tmp_path / "run")
     return tmp_path / "run"
 
