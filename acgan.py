@@ -24,6 +24,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
+from averaging import RunningAverage
 from batches import ShuffledBatches, StreamedBatches
 from checkpoint import (
     CONTINUED,
@@ -209,15 +210,17 @@ def train(
     optimizer_G = torch.optim.Adam(generator.parameters(), **adam)
     optimizer_D = torch.optim.Adam(discriminator.parameters(), **adam)
 
+    averaged = RunningAverage(generator, opt.ema)
+
     parts = dict(generator=generator, discriminator=discriminator, optimizer_G=optimizer_G, optimizer_D=optimizer_D,
-                 batches=batches)  # fmt: skip
+                 batches=batches, averaged=averaged)  # fmt: skip
     if checkpoint:
         restore(checkpoint, device, **parts)
     networks = processes.wrap(generator, discriminator)
 
     fixed_z = fixed_noise(opt.n_classes, opt.latent_dim)
     eval_interval = opt.eval_interval if processes.first else None
-    scores = EpochScores(eval_interval, opt.judge, generator, discriminator, data, len(batches))
+    scores = EpochScores(eval_interval, opt.judge, averaged.network, discriminator, data, len(batches))
     options = options_as_data(opt)
     settings = {"options": options, "seed": opt.seed, "device": str(device), "classes": data.classes}
     record = (opt.out_dir, settings, len(batches), opt.n_epochs, max_steps, opt.log_interval, checkpoint)
@@ -246,6 +249,7 @@ def train(
 
                 batches_done = steps  # the tutorial counts from 0
                 steps += 1
+                averaged.update(steps)
                 if batches_done % opt.sample_interval == 0:
                     grid = sample_image(generator, opt.n_classes, opt.latent_dim, device)
                     log.sample_grid("fake_image", grid, opt.n_classes, batches_done)
@@ -261,7 +265,7 @@ def train(
             if ending:
                 break
 
-        finish(checkpoints, log, generator, discriminator, steps, finished=steps == max_steps)
+        finish(checkpoints, log, generator, discriminator, averaged.network, steps, finished=steps == max_steps)
         if steps == max_steps and steps % len(batches):  # a quick look ends within an epoch
             log.end_epoch(batches_done, batches.gather(indices)[0], metrics, len(indices))
 
@@ -273,14 +277,14 @@ def train(
     return 0
 
 
-def finish(checkpoints, log, generator, discriminator, steps: int, finished: bool) -> None:
+def finish(checkpoints, log, generator, discriminator, averaged, steps: int, finished: bool) -> None:
     """Write the checkpoint and the weights of the run's last batch; each is tried even if the other fails."""
     try:
         checkpoints.save(steps, finished)
     except OSError:
-        log.save_weights(generator, discriminator)
+        log.save_weights(generator, discriminator, averaged)
         raise
-    log.save_weights(generator, discriminator)
+    log.save_weights(generator, discriminator, averaged)
 
 
 def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argparse.Namespace:
@@ -311,6 +315,11 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
     flag(group, "--b1", beta, 0.5, "Adam: decay of the gradient's mean, in [0, 1)", "X")
     flag(group, "--b2", beta, 0.999, "Adam: decay of the squared gradient's mean, in [0, 1)", "X")
     flag(group, "--seed", SEED, None, "seed of PyTorch and NumPy", shown="one is drawn and printed")
+    flag(
+        group, "--ema", beta, 0.9995,
+        "decay of the running average of G's weights, in [0, 1): kept beside G in acgan_gen_ema.pth, it has no part in "
+        "the training", "X",
+    )  # fmt: skip
     group = parser.add_argument_group("networks")
     flag(group, "--latent_dim", WHOLE, 100, "size of the noise z and of the label embedding")
     flag(group, "--n_classes", WHOLE, None, "classes: a check, as the data tells them", shown="the data's, 10 in MNIST")
@@ -380,8 +389,8 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
     )  # fmt: skip
     flag(
         group, "--eval_interval", WHOLE, None,
-        "epochs between scores of G: label agreement and FID, in TensorBoard and metrics.jsonl; the best G is kept in "
-        "acgan_gen_best.pth, with its D. Needs requirements-eval.txt",
+        "epochs between scores of G's running average (--ema): label agreement and FID, in TensorBoard and "
+        "metrics.jsonl; the best is kept in acgan_gen_best.pth, with its D. Needs requirements-eval.txt",
         shown="no scores",
     )  # fmt: skip
     flag(

@@ -18,7 +18,8 @@ MATHEMATICS = ("seed", "batch_size", "lr", "b1", "b2", "latent_dim", "n_classes"
                "amp", "dataset", "sync_bn")  # fmt: skip
 # Options that a resumed run takes from the checkpoint unless the command line says otherwise. Another sample_interval
 # draws other noise, and another compile rounds otherwise: allowed, but not to the last bit.
-CONTINUED = ("n_epochs", "sample_interval", "log_interval", "checkpoint_interval", "compile", "eval_interval", "judge")
+CONTINUED = ("n_epochs", "sample_interval", "log_interval", "checkpoint_interval", "compile", "eval_interval", "judge",
+             "ema")  # fmt: skip
 LATER = {"dataset": "mnist", "sync_bn": "off", "processes": 1}  # what a checkpoint that lacks an option was made with
 PARTS = ("generator", "discriminator", "optimizer_G", "optimizer_D", "batches")
 
@@ -110,13 +111,16 @@ def restore(packed: dict, device: torch.device, **parts) -> None:
     Args:
         packed: the checkpoint.
         device: where the run goes on.
-        parts: under the names of PARTS, objects with load_state_dict().
+        parts: under the names of PARTS, and "averaged", objects with load_state_dict().
 
     Raises:
         BadInput: what the checkpoint holds does not fit its own flags.
     """
     try:
         for name, part in parts.items():
+            if name == "averaged" and name not in packed["parts"]:
+                part.restart()  # from the G just restored, as older checkpoints lack an average
+                continue
             state = packed["parts"][name]
             if isinstance(part, torch.optim.Optimizer):
                 for group, ours in zip(state["param_groups"], part.param_groups, strict=True):

@@ -223,7 +223,7 @@ class EpochScores:
     Args:
         interval: epochs between scores; None for none at all.
         judge_path: file of the judge.
-        generator, discriminator: of the training; G is scored as it is at the time.
+        generator, discriminator: of the training, or G's running average; scored as they are at the time.
         data: the training set.
         steps_per_epoch: batches an epoch.
 

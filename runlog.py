@@ -26,6 +26,7 @@ from checkpoint import NEWEST, PREVIOUS
 from models import pack_network, write_weights
 from utils import BadInput, Diverged, announce, check_writable, load_data, on_terminal, print_line, whole_file
 
+WEIGHTS = ("acgan_gen.pth", "acgan_dist.pth", "acgan_gen_ema.pth")
 BEST = ("acgan_gen_best.pth", "acgan_dist_best.pth")
 
 # TensorBoard's name for each per-batch curve; the keys are those of metrics.jsonl.
@@ -338,9 +339,9 @@ class RunLog:
         text = f"agreement {scores['agreement']:.2%}, FID {scores['fid']:.3f}, intra-FID {scores['intra_fid']:.3f}"
         announce(f"After batch {step}: {text}{', the best so far' if kept else ''}.")
 
-    def save_weights(self, generator, discriminator) -> None:
-        """Write acgan_gen.pth and acgan_dist.pth: tensors and sizes only; `models.load_network` reads them."""
-        for name, network in [("acgan_gen.pth", generator), ("acgan_dist.pth", discriminator)]:
+    def save_weights(self, generator, discriminator, averaged) -> None:
+        """Write G, D and G's running average: tensors and sizes only; `models.load_network` reads them."""
+        for name, network in zip(WEIGHTS, (generator, discriminator, averaged), strict=True):
             write_weights(self.out_dir / name, pack_network(network))
 
 
@@ -464,7 +465,7 @@ def earlier_log_dir(out_dir: Path) -> Path | None:
 def set_aside_earlier_run(out_dir: Path) -> None:
     """Move an earlier run's files from `out_dir` to the folder of that run below logs/, and say so."""
     # config.json last: it names the folder
-    names = ["metrics.jsonl", "acgan_gen.pth", "acgan_dist.pth", *BEST, NEWEST, PREVIOUS, "config.json"]
+    names = ["metrics.jsonl", *WEIGHTS, *BEST, NEWEST, PREVIOUS, "config.json"]
     files = [out_dir / name for name in names if (out_dir / name).exists()]
     if not files:
         return
