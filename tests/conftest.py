@@ -61,7 +61,7 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     from checkpoint import read_checkpoint
 
     assert (ours / "metrics.jsonl").read_bytes() == (theirs / "metrics.jsonl").read_bytes()
-    for name in ("acgan_gen.pth", "acgan_dist.pth"):
+    for name in ("acgan_gen.pth", "acgan_dist.pth", "acgan_gen_ema.pth"):
         assert (ours / name).read_bytes() == (theirs / name).read_bytes()
 
     def leaves(value, path=""):

@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 
+from averaging import RunningAverage
 from models import Discriminator, Generator, load_network, pack_network, weights_init_normal
 
 
@@ -54,6 +55,25 @@ def test_label_and_noise_both_reach_the_image():
     z, labels = torch.randn(1, 100), torch.tensor([3])
     assert not torch.equal(generator(z, labels), generator(z, labels + 1))
     assert not torch.equal(generator(z, labels), generator(-z, labels))
+
+
+def test_running_average_is_what_its_decay_says():
+    source = torch.nn.BatchNorm2d(3)
+    average = RunningAverage(source, decay=0.9)
+    by_hand = source.weight.detach().clone()
+    for steps in range(1, 200):
+        torch.nn.init.normal_(source.weight)
+        source.running_mean.fill_(steps)
+        average.update(steps)
+        decay = min(0.9, steps / (steps + 9))  # the start, of no use, is soon forgotten
+        by_hand = decay * by_hand + (1 - decay) * source.weight.detach()
+    torch.testing.assert_close(average.network.weight.detach(), by_hand)
+    assert average.network.running_mean[0].item() == pytest.approx(199 - 9, abs=0.1)  # it reaches back ten batches
+    assert not average.network.weight.equal(source.weight)
+    same = RunningAverage(source, decay=0)
+    torch.nn.init.normal_(source.weight)
+    same.update(7)
+    assert torch.equal(same.network.weight, source.weight)
 
 
 def test_init_touches_convolutions_and_norms_only():

@@ -93,6 +93,18 @@ def test_weights_load_as_data_and_draw_what_the_last_grid_shows(epochs_run):
     assert validity.shape == (100, 1) and label.shape == (100, 10)
 
 
+def test_running_average_changes_nothing_in_the_run(run, epochs_run, tmp_path):
+    flags = ["--batch_size", 24, "--img_size", 16, "--max_steps", 7, "--sample_interval", 3, "--log_interval", 2]
+    assert run("--seed", 5, *flags, "--ema", 0, "--out_dir", tmp_path, digits=60).returncode == 0
+    out_dir, _ = epochs_run
+    assert (tmp_path / "acgan_gen.pth").read_bytes() == (out_dir / "acgan_gen.pth").read_bytes()
+    load = lambda path: load_network(path).state_dict()  # noqa: E731
+    last, kept = load(out_dir / "acgan_gen.pth"), load(out_dir / "acgan_gen_ema.pth")
+    assert last.keys() == kept.keys() and not torch.equal(last["l1.0.weight"], kept["l1.0.weight"])
+    for name, tensor in load(tmp_path / "acgan_gen_ema.pth").items():
+        assert torch.equal(tensor, last[name]) or name.endswith("num_batches_tracked")
+
+
 def test_second_run_into_the_folder_leaves_the_first_ones_record_whole(run, tmp_path):
     flags = ["--batch_size", 16, "--img_size", 16, "--log_interval", 1, "--out_dir", tmp_path]
     assert run("--seed", 1, "--max_steps", 2, "--sample_interval", 1, *flags).returncode == 0
