@@ -361,8 +361,8 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
     group = parser.add_argument_group("speed")
     group.add_argument(
         "--compile", choices=["auto", "on", "off"], default="auto",
-        help="torch.compile the networks; auto does so on a CPU, in runs long enough to win the time back, and "
-        "keeps it if it proves faster (default: %(default)s)",
+        help="torch.compile the networks; auto does so on a CPU, in runs of one process long enough to win the time "
+        "back, and keeps it if it proves faster (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--amp", choices=["off", "bf16"], default="off",
@@ -473,6 +473,8 @@ def main(argv: list[str] | None = None) -> int:
         if checkpoint and checkpoint["options"]["processes"] != processes.world:
             raise BadInput(f"argument --resume: the checkpoint is of {checkpoint['options']['processes']} processes, "
                            f"not of {processes.world}: start as many")  # fmt: skip
+        if opt.compile == "on" and processes.world > 1:
+            raise BadInput("argument --compile: on works in one process only; drop it")
         check_out_dir(opt.out_dir)
         if not checkpoint or not same_folder(checkpoint["file"].parent, opt.out_dir):
             earlier_log_dir(opt.out_dir)  # raises where the folder is somebody else's

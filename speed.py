@@ -9,6 +9,7 @@ import time
 from collections import Counter
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from utils import Stopped, announce, on_terminal
 
@@ -54,16 +55,18 @@ def accelerate(train_batch, generator, discriminator, batch_size: int, steps: in
         generator, discriminator: the networks, on their device.
         batch_size: indices in a full batch; smaller ones are computed too.
         steps: batches that the run will have.
-        compile: "on", "off", or "auto", which compiles on a CPU when the run is long enough.
+        compile: "on", "off", or "auto", which compiles on a CPU when the run is long enough. Networks shared by several
+            processes are neither compiled nor captured.
         amp: "off" or "bf16".
 
     Returns:
         A function of the indices.
     """
     networks = (generator, discriminator)
+    shared = isinstance(generator, DistributedDataParallel)  # it talks to other processes in mid-batch
     plain = tuple(in_bf16(network) for network in networks) if amp == "bf16" else networks
-    call = CompiledBatches(train_batch, networks, plain, batch_size, steps, compile, amp)
-    return CapturedBatches(call) if next(generator.parameters()).device.type == "cuda" else call
+    call = CompiledBatches(train_batch, networks, plain, batch_size, steps, "off" if shared else compile, amp)
+    return CapturedBatches(call) if not shared and next(generator.parameters()).device.type == "cuda" else call
 
 
 class CompiledBatches:

@@ -124,10 +124,11 @@ def test_restart_by_torchrun_goes_on_by_itself(straight, start_two, tmp_path):
 
 
 def test_term_stops_both_after_the_same_batch(start_two, tmp_path):
-    process = start_two(tmp_path / "notes", "--out_dir", tmp_path, steps=2000)
-    wait_for_rows(process, tmp_path, 5)
+    process = start_two(tmp_path / "notes", "--out_dir", tmp_path, "--n_epochs", 1000, steps=10_000)
+    wait_for_rows(process, tmp_path, 40)
     process.terminate()
-    process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
+    assert "Compile" not in err  # a run so long would be compiled if it were alone
     rows = read_rows(tmp_path)
     assert read_checkpoint(tmp_path)["steps"] == len(rows) == rows[-1]["step"] + 1
     _, (first, second) = read_notes(tmp_path / "notes")
@@ -149,6 +150,15 @@ def test_checkpoint_of_two_is_not_for_one(straight, run):
     assert result.returncode == 2
     assert result.stderr.endswith("the checkpoint is of 2 processes, not of 1: start as many\n")
     assert (straight / "checkpoint.pt").read_bytes() == before
+
+
+def test_compiling_is_for_one_process(start_two, tmp_path):
+    process = start_two(tmp_path / "notes", "--compile", "on", "--out_dir", tmp_path / "run")
+    _, err = process.communicate(timeout=60)
+    assert (
+        process.returncode != 0 and err.count("acgan.py: error: argument --compile: on works in one process only") == 1
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_synchronised_norms_need_a_gpu(run, tmp_path):
