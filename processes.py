@@ -39,7 +39,11 @@ class Processes:
                 )
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, rank, world = next(dist.rendezvous("env://"))
+        # torchrun keeps its store through a restart, and with it the addresses of processes that are gone
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
     @property
     def first(self) -> bool:
