@@ -18,7 +18,7 @@ from judge import Judge, judge_images, load_judge
 from models import load_network, pack_network, write_weights
 from scores import density_and_coverage, fid, same_class_ms_ssim, show_to
 
-FEW = Counts(scored=200, cas=300, cas_epochs=3, pairs=50)
+FEW = Counts(scored=150, cas=200, cas_epochs=3, pairs=30)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def scored(judge, train_set, test_set, run, tmp_path_factory):
         "mixed": (drawn, labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]),
         "repeated": (drawn[:10].repeat(FEW.cas, 1, 1, 1), labels),
     }
-    few_test = show_to(judge, *(tensor[:3000] for tensor in test_set))
+    few_test = show_to(judge, *(tensor[:2000] for tensor in test_set))
     return {name: score(*pair, few_test, judge, FEW) for name, pair in candidates.items()}
 
 
