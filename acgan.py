@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from averaging import RunningAverage
-from batches import ShuffledBatches, StreamedBatches
+from batches import batches_of
 from checkpoint import (
     CONTINUED,
     MATHEMATICS,
@@ -38,7 +38,7 @@ from checkpoint import (
     restore,
 )
 from command_line import SEED, WHOLE, OneLineParser, flag, number
-from dataset import MANY, NAMES, FolderImages, LabelledImages, load_dataset, workers_for
+from dataset import MANY, NAMES, LabelledImages, load_dataset, workers_for
 from evaluate import EpochScores
 from generate import draw_images
 from judge import WEIGHTS as JUDGE
@@ -182,9 +182,7 @@ def train(
     discriminator = Discriminator(opt.n_classes, opt.img_size, opt.channels)
     generator.classes = discriminator.classes = data.classes
     device = processes.device
-    streamed = isinstance(data.images, FolderImages)
-    kind, workers = (StreamedBatches, {"workers": workers_for(opt.n_cpu)}) if streamed else (ShuffledBatches, {})
-    batches = kind(data.images, data.labels, opt.batch_size, device, **workers, **processes.shard())
+    batches = batches_of(data.images, data.labels, opt.batch_size, device, workers_for(opt.n_cpu), **processes.shard())
     if batches.smallest() == 0:
         raise BadInput(
             f"argument --data_root: {len(data.labels)} images are fewer than the {processes.world} processes"
@@ -194,8 +192,8 @@ def train(
     max_steps = min(opt.max_steps or math.inf, opt.n_epochs * len(batches))
     steps = checkpoint["steps"] if checkpoint else 0  # batches done
     if steps >= max_steps:
-        flag = "--n_epochs" if max_steps == opt.n_epochs * len(batches) else "--max_steps"
-        raise BadInput(f"argument --resume: the run has come to its end, {steps} batches; raise {flag} to go on")
+        raised = "--n_epochs" if max_steps == opt.n_epochs * len(batches) else "--max_steps"
+        raise BadInput(f"argument --resume: the run has come to its end, {steps} batches; raise {raised} to go on")
 
     # what the tutorial draws here for the graphs, labels first
     graph_label, graph_z = torch.randint(opt.n_classes, (1,)), torch.randn(1, opt.latent_dim)
@@ -303,7 +301,7 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
 
     parser = OneLineParser(
         prog="acgan.py",
-        description="Train an auxiliary-classifier GAN on MNIST, as the tutorial does.",
+        description="Train an auxiliary-classifier GAN as the tutorial does, on MNIST or other images.",
         allow_abbrev=False,
     )
 

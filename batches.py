@@ -3,7 +3,7 @@
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from utils import BadInput
+from utils import BadInput, without_traceback
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
@@ -78,6 +78,13 @@ class ShuffledBatches:
         return normalize(self.images[indices]), self.labels[indices]
 
 
+def batches_of(images, labels, batch_size, device, workers: int, **shard) -> ShuffledBatches:
+    """Batches out of memory for a tensor of images, else streamed by `workers`; arguments as of ShuffledBatches."""
+    if isinstance(images, torch.Tensor):
+        return ShuffledBatches(images, labels, batch_size, device, **shard)
+    return StreamedBatches(images, labels, batch_size, device, workers=workers, **shard)
+
+
 class WithIndex(Dataset):
     """Images, one at a time, each with its number."""
 
@@ -118,8 +125,8 @@ class StreamedBatches(ShuffledBatches):
             for images, indices in loader:
                 self.read = images.to(device, non_blocking=True)
                 yield indices.to(device)
-        except BadInput as error:  # a worker's comes with its traceback
-            raise BadInput(str(error).strip().splitlines()[-1].removeprefix("utils.BadInput: ")) from None
+        except BadInput as error:
+            raise without_traceback(error) from None
 
     def gather(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch handed out last, which must be the one of these indices."""

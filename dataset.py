@@ -19,7 +19,7 @@ from torchvision import datasets, transforms
 from tqdm import tqdm
 
 from mnist import MNIST
-from utils import BadInput, announce, on_terminal, whole_file
+from utils import BadInput, announce, on_terminal, whole_file, without_traceback
 
 KEPT_BYTES = 200 * 2**20  # MNIST resized to more is made anew at each start: 60,000 up to 56 pixels are kept
 MEMORY_SHARE = 0.25  # of the free memory that a folder's images may take; larger ones are streamed
@@ -296,8 +296,8 @@ def load_folder(data_root: Path, img_size: int, workers: int, flag: str = "--dat
     try:
         for number, chunk in enumerate(tqdm(loader, desc="Reading", delay=1, disable=not on_terminal())):
             images[64 * number : 64 * number + len(chunk)] = chunk
-    except BadInput as error:  # a worker's comes with its traceback
-        raise BadInput(str(error).strip().splitlines()[-1].removeprefix("utils.BadInput: ")) from None
+    except BadInput as error:
+        raise without_traceback(error) from None
     return LabelledImages(images, labels, found.classes)
 
 

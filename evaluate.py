@@ -1,7 +1,7 @@
 """The scorecard of a trained generator, each figure beside what real digits get.
 
 python evaluate.py                    # the generator that comes along
-python evaluate.py acgan_gen.pth      # your own; two minutes on two cores
+python evaluate.py acgan_gen.pth      # your own; about a minute on two cores
 python evaluate.py --full --json      # more images; for programs
 """
 
@@ -310,7 +310,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag(parser, "--judge", Path, JUDGE_WEIGHTS, "the judge, as judge.py writes it", "FILE", "the one that comes along")
     parser.add_argument(
         "--full", action="store_true",
-        help=f"score {FULL.scored * 10:,} images in place of {QUICK.scored * 10:,}: some ten minutes (default: off)",
+        help=f"score {FULL.scored * 10:,} images in place of {QUICK.scored * 10:,}: takes several times as long "
+        "(default: off)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the scorecard as JSON (default: as a table)")
     flag(parser, "--seed", SEED, 0, "seed of the images to score and of everything drawn for it")
