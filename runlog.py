@@ -311,7 +311,7 @@ class RunLog:
             nrow: images a row.
             step: batch, counted from 0.
         """
-        grid = make_grid(imgs.cpu(), nrow=nrow, normalize=True)
+        grid = make_grid(imgs.cpu(), nrow=nrow, normalize=True).nan_to_num()  # of a run about to be ended as diverged
         buffer = io.BytesIO()
         save_image(grid, buffer, format="png")
         folder = self.images / "fixed_z" if kind == "fixed_z" else self.images

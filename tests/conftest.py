@@ -1,6 +1,7 @@
 """Fixtures: the real script as a subprocess, and the real digits, unpacked once."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, and threads of one would wait for those of another
 
 
 @pytest.fixture(scope="session")
@@ -25,21 +27,33 @@ def data_root(tmp_path_factory):
 def start(data_root):
     """start(*flags): the running script, on the CPU, its outputs piped; it trains on the real digits.
 
-    With `digits=N` on the first N of them, for epochs that end soon.
+    With `digits=N` on the first N of them, for epochs that end soon; with `pause_at=B` too, it stops itself when B
+    batches are done, and start returns then.
     """
 
-    def start(*flags, digits=None, **kwargs):
+    started = []
+
+    def start(*flags, digits=None, pause_at=None, **kwargs):
         script = [ROOT / "acgan.py"] if digits is None else [ROOT / "tests" / "few_digits.py", digits]
         command = [sys.executable, *script, "--data_root", data_root, "--device", "cpu", *flags]
-        return subprocess.Popen(
+        if pause_at is not None:
+            kwargs["env"] = os.environ | {"PAUSE_AT": str(pause_at)}
+        process = subprocess.Popen(
             [str(word) for word in command],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             **kwargs,
         )
+        started.append(process)
+        if pause_at is not None:
+            ended = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT).si_code != os.CLD_STOPPED
+            assert not ended, process.communicate()
+        return process
 
-    return start
+    yield start
+    for process in started:  # those that a failed test left behind
+        process.kill()
 
 
 @pytest.fixture(scope="session")

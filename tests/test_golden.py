@@ -1,6 +1,7 @@
 """The run that must print what the tutorial's own script printed."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "tutorial_seed0.json").r
 def golden_run(run, tmp_path_factory):
     out_dir = tmp_path_factory.mktemp("golden")
     flags = ["--seed", GOLDEN["seed"], *GOLDEN["args"], "--log_interval", 1, "--max_steps", len(GOLDEN["batches"])]
-    result = run(*flags, "--out_dir", out_dir)
+    all_threads = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    result = run(*flags, "--out_dir", out_dir, env=all_threads)
     assert result.returncode == 0, result.stderr
     return out_dir
 

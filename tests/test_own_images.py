@@ -17,6 +17,7 @@ from PIL import Image
 from shapes import CLASSES, make_folder
 from torchvision import datasets
 
+import acgan
 import dataset
 import evaluate
 import generate
@@ -181,7 +182,7 @@ def test_mixed_modes_become_one(tmp_path):
         ("n_classes", r"argument --n_classes: the data \(folder\) has 3, not 10"),
     ],
 )
-def test_mistakes(harm, words, copy, start_on, tmp_path):
+def test_mistakes(harm, words, copy, tmp_path, capsys):
     path, flags, root = copy / "green box" / "2.png", [], copy
     if harm == "missing":
         root = tmp_path / "none"
@@ -210,7 +211,9 @@ def test_mistakes(harm, words, copy, start_on, tmp_path):
         path.write_bytes(path.read_bytes()[:-60])
     else:
         flags = [f"--{harm}", {"channels": 1, "n_classes": 10}[harm]]
-    status, out, err = start_on(root, "--seed", 0, *flags, "--out_dir", tmp_path / "run")
+    data = ["--dataset", "folder", "--data_root", root, "--device", "cpu"]
+    status = acgan.main([str(flag) for flag in [*data, "--seed", 0, *flags, "--out_dir", tmp_path / "run"]])
+    out, err = capsys.readouterr()
     assert status == 2 and out == "" and err.count("\n") == 1 and err.startswith("acgan.py: error: ")
     assert re.search(words, err), err
     assert not (tmp_path / "run").exists()
@@ -316,19 +319,8 @@ def test_no_files_and_no_network_says_what_to_put_where(name, tmp_path, monkeypa
 
 def test_every_image_size_trains_in_colour(start_on, shapes, tmp_path):
     for size in (28, 64, 128):
-        flags = [
-            "--img_size",
-            size,
-            "--batch_size",
-            4,
-            "--seed",
-            0,
-            "--max_steps",
-            1,
-            "--out_dir",
-            tmp_path / str(size),
-        ]
-        status, _, err = start_on(shapes, *flags)
+        flags = ["--img_size", size, "--batch_size", 4, "--seed", 0, "--max_steps", 1]
+        status, _, err = start_on(shapes, *flags, "--out_dir", tmp_path / str(size))
         assert status == 0 and err == ""
         grid = Image.open(tmp_path / str(size) / "images" / "0.png")
         assert grid.size == (3 * (size + 2) + 2, 10 * (size + 2) + 2)

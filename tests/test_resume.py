@@ -5,7 +5,6 @@ import re
 import resource
 import shutil
 import signal
-import time
 
 import few_digits
 import pytest
@@ -46,16 +45,6 @@ def copy(half, tmp_path, monkeypatch):
     return tmp_path / "run"
 
 
-def wait_for_rows(process, out_dir, n):
-    while not (out_dir / "metrics.jsonl").exists() or len(read_lines(out_dir)) < n:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-
-
-def read_lines(out_dir):
-    return (out_dir / "metrics.jsonl").read_bytes().splitlines()
-
-
 def resume(run, out_dir, *flags):
     return run("--resume", "--max_steps", STEPS, "--out_dir", out_dir, *flags, digits=DIGITS)
 
@@ -66,10 +55,10 @@ def test_stopped_and_resumed_equals_straight(straight, start, run, tmp_path, how
         assert run(*SMALL, "--max_steps", STEPS // 2, "--out_dir", tmp_path, digits=DIGITS).returncode == 0
     else:
         flags = ["--max_steps", STEPS, "--checkpoint_interval", 7, "--out_dir", tmp_path]
-        process = start(*SMALL, *flags, digits=DIGITS)
-        wait_for_rows(process, tmp_path, STEPS // 4)
+        process = start(*SMALL, *flags, digits=DIGITS, pause_at=STEPS // 4)
         process.send_signal(how)
-        _, err = process.communicate(timeout=5)
+        process.send_signal(signal.SIGCONT)
+        _, err = process.communicate(timeout=60)
         assert process.returncode == (128 + how if how == signal.SIGTERM else -how), err
     assert read_checkpoint(tmp_path)["steps"] < STEPS
     result = resume(run, tmp_path)
@@ -123,8 +112,7 @@ def test_flags_that_change_the_mathematics_are_refused_with_a_list(copy, capsys)
 
 
 def test_new_run_does_not_drop_an_unfinished_one(start, tmp_path, capsys):
-    process = start(*SMALL, "--checkpoint_interval", 1, "--out_dir", tmp_path, digits=DIGITS)
-    wait_for_rows(process, tmp_path, 3)
+    process = start(*SMALL, "--checkpoint_interval", 1, "--out_dir", tmp_path, digits=DIGITS, pause_at=3)
     process.kill()
     process.communicate()
     line = fails(tmp_path, SMALL, capsys)
@@ -265,11 +253,11 @@ def test_disk_that_cannot_take_a_checkpoint_keeps_the_earlier_one(copy, run):
 def test_lost_folder_and_unwritable_grids_do_not_end_training(start, tmp_path):
     out_dir = tmp_path / "run"
     flags = ["--max_steps", STEPS, "--checkpoint_interval", 20, "--out_dir", out_dir]
-    process = start(*SMALL, *flags, digits=DIGITS)
-    wait_for_rows(process, out_dir, 5)
+    process = start(*SMALL, *flags, digits=DIGITS, pause_at=5)  # it would write while its folder is being removed
     shutil.rmtree(out_dir)
     out_dir.mkdir()
     (out_dir / "images").touch()  # a file where the grids' folder was
+    process.send_signal(signal.SIGCONT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert "Warning: cannot write sample grids" in err and "Traceback" not in err

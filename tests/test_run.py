@@ -138,7 +138,7 @@ def test_signal_in_mid_run_stops_soon_with_all_files_whole(start, tmp_path, numb
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(number)
-    out, err = process.communicate(timeout=5)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert out == "" and re.fullmatch(
         r"Stopped by a signal after batch \d+; --resume goes on from .*checkpoint.pt\n", err
@@ -188,9 +188,10 @@ def test_two_runs_cannot_write_to_one_folder(start, run, tmp_path):
     flags = ["--seed", 1, "--batch_size", 16, "--img_size", 16, "--compile", "off", "--out_dir", tmp_path]
     process = start(*flags)
     while not (tmp_path / "images" / "0.png").exists():
+        assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     result = run(*flags)
     assert result.returncode == 2 and "another run is writing to" in result.stderr
     process.terminate()
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     assert load_network(tmp_path / "acgan_gen.pth")
