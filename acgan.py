@@ -37,28 +37,25 @@ from checkpoint import (
     read_checkpoint,
     restore,
 )
-from command_line import SEED, WHOLE, OneLineParser, flag, number
+from command_line import SEED, WHOLE, OneLineParser, device_flag, exit_status, flag, number, tell_error
 from dataset import MANY, NAMES, LabelledImages, load_dataset, workers_for
-from evaluate import EpochScores
+from epoch_scores import EpochScores
 from generate import draw_images
 from judge import WEIGHTS as JUDGE
 from models import Discriminator, Generator, weights_init_normal
 from processes import Processes
-from runlog import RunLog, SilentLog, check_out_dir, check_records, earlier_log_dir, same_folder
+from run_folder import check_out_dir, check_records, earlier_log_dir, same_folder
+from runlog import RunLog, SilentLog
 from speed import accelerate, tune_process
 from utils import (
     BadInput,
     Diverged,
-    Stopped,
     StopRequest,
     announce,
     choose_device,
     draw_seed,
     on_terminal,
-    out_of_memory,
-    raise_stopped,
     seed_everything,
-    stop_signals,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -183,17 +180,7 @@ def train(
     generator.classes = discriminator.classes = data.classes
     device = processes.device
     batches = batches_of(data.images, data.labels, opt.batch_size, device, workers_for(opt.n_cpu), **processes.shard())
-    if batches.smallest() == 0:
-        raise BadInput(
-            f"argument --data_root: {len(data.labels)} images are fewer than the {processes.world} processes"
-        )
-    if opt.img_size == 16 and batches.smallest() == 1:
-        raise BadInput("argument --batch_size: at --img_size 16 the last batch must not be of one image")
-    max_steps = min(opt.max_steps or math.inf, opt.n_epochs * len(batches))
-    steps = checkpoint["steps"] if checkpoint else 0  # batches done
-    if steps >= max_steps:
-        raised = "--n_epochs" if max_steps == opt.n_epochs * len(batches) else "--max_steps"
-        raise BadInput(f"argument --resume: the run has come to its end, {steps} batches; raise {raised} to go on")
+    steps, max_steps = batches_done_and_wanted(opt, batches, checkpoint)
 
     # what the tutorial draws here for the graphs, labels first
     graph_label, graph_z = torch.randint(opt.n_classes, (1,)), torch.randn(1, opt.latent_dim)
@@ -209,7 +196,6 @@ def train(
     optimizer_D = torch.optim.Adam(discriminator.parameters(), **adam)
 
     averaged = RunningAverage(generator, opt.ema)
-
     parts = dict(generator=generator, discriminator=discriminator, optimizer_G=optimizer_G, optimizer_D=optimizer_D,
                  batches=batches, averaged=averaged)  # fmt: skip
     if checkpoint:
@@ -238,31 +224,31 @@ def train(
             gen_labels = draw_labels(len(indices), opt.n_classes, device)
             return train_step(generator, discriminator, optimizer_G, optimizer_D, real_imgs, real_labels, z, gen_labels)
 
-        train_batch = accelerate(train_batch, *networks, opt.batch_size, max_steps - steps, opt.compile, opt.amp)
+        capture = opt.cuda_graph == "on" and batches.in_memory
+        train_batch = accelerate(
+            train_batch, *networks, opt.batch_size, max_steps - steps, opt.compile, opt.amp, capture
+        )
 
-        for epoch in range(steps // len(batches), opt.n_epochs):
-            for indices in log.epoch(epoch, batches):
-                processes.start_batch(opt.seed, steps)
-                metrics = train_batch(indices)
+        for epoch, indices in log.epochs(range(steps // len(batches), opt.n_epochs), batches):
+            processes.start_batch(opt.seed, steps)
+            metrics = train_batch(indices)
 
-                batches_done = steps  # the tutorial counts from 0
-                steps += 1
-                averaged.update(steps)
-                if batches_done % opt.sample_interval == 0:
-                    grid = sample_image(generator, opt.n_classes, opt.latent_dim, device)
-                    log.sample_grid("fake_image", grid, opt.n_classes, batches_done)
-                    log.sample_grid("fixed_z", draw_images(generator, *fixed_z), opt.n_classes, batches_done)
-                log.batch(batches_done, metrics, len(indices))
-                if steps % len(batches) == 0:
-                    log.end_epoch(batches_done, batches.gather(indices)[0], metrics, len(indices))
-                    scores.after_epoch(epoch)
-                ending = processes.any(stop.requested) or steps == max_steps
-                if ending:
-                    break
-                checkpoints.save_if_due(steps)
-            if ending:
+            batches_done = steps  # the tutorial counts from 0
+            steps += 1
+            averaged.update(steps)
+            if batches_done % opt.sample_interval == 0:
+                grid = sample_image(generator, opt.n_classes, opt.latent_dim, device)
+                log.sample_grid("fake_image", grid, opt.n_classes, batches_done)
+                log.sample_grid("fixed_z", draw_images(generator, *fixed_z), opt.n_classes, batches_done)
+            log.batch(batches_done, metrics, len(indices))
+            if steps % len(batches) == 0:
+                log.end_epoch(batches_done, batches.gather(indices)[0], metrics, len(indices))
+                scores.after_epoch(epoch)
+            if processes.any(stop.requested) or steps == max_steps:
                 break
+            checkpoints.save_if_due(steps)
 
+        stop.take_your_time()  # the batch in hand has ended: a slow disk is no reason to lose the checkpoint
         finish(checkpoints, log, generator, discriminator, averaged.network, steps, finished=steps == max_steps)
         if steps == max_steps and steps % len(batches):  # a quick look ends within an epoch
             log.end_epoch(batches_done, batches.gather(indices)[0], metrics, len(indices))
@@ -273,6 +259,22 @@ def train(
     if on_terminal():
         announce(f"Done: acgan_gen.pth and acgan_dist.pth are in {opt.out_dir.resolve()}")
     return 0
+
+
+def batches_done_and_wanted(opt: argparse.Namespace, batches, checkpoint: dict | None) -> tuple[int, int]:
+    """How many batches the run has behind it, and after how many it ends. BadInput if there is nothing to do."""
+    if batches.smallest() == 0:
+        raise BadInput(
+            f"argument --data_root: {len(batches.labels)} images are fewer than the {batches.world} processes"
+        )
+    if opt.img_size == 16 and batches.smallest() == 1:
+        raise BadInput("argument --batch_size: at --img_size 16 the last batch must not be of one image")
+    steps = checkpoint["steps"] if checkpoint else 0
+    max_steps = min(opt.max_steps or math.inf, opt.n_epochs * len(batches))
+    if steps >= max_steps:
+        raised = "--n_epochs" if max_steps == opt.n_epochs * len(batches) else "--max_steps"
+        raise BadInput(f"argument --resume: the run has come to its end, {steps} batches; raise {raised} to go on")
+    return steps, max_steps
 
 
 def finish(checkpoints, log, generator, discriminator, averaged, steps: int, finished: bool) -> None:
@@ -348,10 +350,7 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
         "not fit into memory; the other data sets stay in memory",
     )  # fmt: skip
     group = parser.add_argument_group("hardware").add_mutually_exclusive_group()
-    group.add_argument(
-        "--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
-        help="where to train; auto takes a GPU if there is one, and says so (default: %(default)s)",
-    )  # fmt: skip
+    device_flag(group)
     group.add_argument(
         "--cuda", dest="device", action="store_const", const="cuda", default="auto",
         help="the same as --device cuda (in the tutorial's script it turns the GPU off)",
@@ -361,6 +360,11 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
         "--compile", choices=["auto", "on", "off"], default="auto",
         help="torch.compile the networks; auto does so on a CPU, in runs of one process long enough to win the time "
         "back, and keeps it if it proves faster (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--cuda_graph", choices=["on", "off"], default="on",
+        help="record the whole batch once on an NVIDIA GPU, and replay it: without effect elsewhere, with several "
+        "processes, and for images read as training goes (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--amp", choices=["off", "bf16"], default="off",
@@ -382,8 +386,9 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
     )  # fmt: skip
     group.add_argument(
         "--resume", nargs="?", const="", metavar="PATH",
-        help="go on from a checkpoint, given by its file or folder (PATH's default: --out_dir), with its flags; "
-        "--n_epochs, --max_steps, intervals, folders, --device and --compile may be given anew (default: start anew)",
+        help="go on from a checkpoint, given by its file or folder (PATH's default: --out_dir), with its flags; of "
+        f"these only {', '.join(f'--{name}' for name in CONTINUED)} may have other values; --max_steps, --data_root, "
+        "--out_dir and --device are not kept (default: start anew)",
     )  # fmt: skip
     flag(
         group, "--eval_interval", WHOLE, None,
@@ -392,14 +397,9 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
         shown="no scores",
     )  # fmt: skip
     flag(
-        group,
-        "--judge",
-        Path,
-        JUDGE,
-        "classifier for --eval_interval, from judge.py",
-        "FILE",
+        group, "--judge", Path, JUDGE, "classifier for --eval_interval, from judge.py", "FILE",
         "the one that comes along",
-    )
+    )  # fmt: skip
     flag(group, "--sample_interval", WHOLE, 400, "batches between sample grids")
     flag(group, "--log_interval", WHOLE, 50, "batches between points of the per-batch curves and of metrics.jsonl")
     argv = sys.argv[1:] if argv is None else argv
@@ -414,6 +414,7 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
             parser.error(f"argument --resume: the checkpoint has {'; '.join(differing)}: drop these flags to go on")
         argv = [f"--{name}={saved[name]}" for name in MATHEMATICS + CONTINUED if saved.get(name) is not None] + argv
     opt = parser.parse_args(argv)
+    opt.judge = opt.judge.absolute()  # a resumed run may start in another folder
     if saved is not None and opt.sample_interval != saved.get("sample_interval"):
         announce("Another --sample_interval draws other noise: the run goes on, but not to the last bit.")
 
@@ -444,41 +445,35 @@ def options_as_data(opt: argparse.Namespace) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(opt).items()}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line: returns the exit status.
+def start(opt: argparse.Namespace, argv: list[str] | None) -> int:
+    """Do what `opt`, from parse_args(argv), asks for: look at everything first, then train. Returns the exit status.
 
-    0 done, 1 training diverged, 2 bad input, too little memory or a disk that failed at the end, 128 + N for signal N.
+    Raises:
+        BadInput, MemoryError, OSError: as command_line.exit_status tells them.
     """
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the shell
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    opt = parse_args(argv)
     if opt.resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and find_checkpoint(opt.out_dir):
         opt.resume = ""  # torchrun starts anew after a process was lost
-    for stop_signal in stop_signals():
-        signal.signal(stop_signal, raise_stopped)
-    processes = None
+    checkpoint = None
+    if opt.resume is not None:
+        checkpoint = read_checkpoint(Path(opt.resume) if opt.resume else opt.out_dir)
+        check_records(checkpoint["log"])
+        opt = parse_args(argv, checkpoint["options"])
+    device, why = choose_device(opt.device)
+    tune_process(device)
+    processes = Processes(device)
+    opt.processes = processes.world
+    if checkpoint and checkpoint["options"]["processes"] != processes.world:
+        raise BadInput(f"argument --resume: the checkpoint is of {checkpoint['options']['processes']} processes, "
+                       f"not of {processes.world}: start as many")  # fmt: skip
+    if opt.compile == "on" and processes.world > 1:
+        raise BadInput("argument --compile: on works in one process only; drop it")
+    check_out_dir(opt.out_dir)
+    if not checkpoint or not same_folder(checkpoint["file"].parent, opt.out_dir):
+        earlier_log_dir(opt.out_dir)  # raises where the folder is somebody else's
+        check_nothing_unfinished(opt.out_dir)
+    if why:
+        announce(why)
     try:
-        checkpoint = None
-        if opt.resume is not None:
-            checkpoint = read_checkpoint(Path(opt.resume) if opt.resume else opt.out_dir)
-            check_records(checkpoint["log"])
-            opt = parse_args(argv, checkpoint["options"])
-        device, why = choose_device(opt.device)
-        tune_process(device)
-        processes = Processes(device)
-        opt.processes = processes.world
-        if checkpoint and checkpoint["options"]["processes"] != processes.world:
-            raise BadInput(f"argument --resume: the checkpoint is of {checkpoint['options']['processes']} processes, "
-                           f"not of {processes.world}: start as many")  # fmt: skip
-        if opt.compile == "on" and processes.world > 1:
-            raise BadInput("argument --compile: on works in one process only; drop it")
-        check_out_dir(opt.out_dir)
-        if not checkpoint or not same_folder(checkpoint["file"].parent, opt.out_dir):
-            earlier_log_dir(opt.out_dir)  # raises where the folder is somebody else's
-            check_nothing_unfinished(opt.out_dir)
-        if why:
-            announce(why)
         if opt.seed is None:
             opt.seed = processes.from_first(draw_seed())
             announce(f"Seed: {opt.seed}; --seed {opt.seed} repeats this run.")
@@ -487,28 +482,25 @@ def main(argv: list[str] | None = None) -> int:
         )
         check_against_data(opt, data, checkpoint)
         status = train(opt, processes, data, checkpoint)
-        processes.close()
-        return status
-    except BadInput as error:
-        announce(f"acgan.py: error: {error}")
-        return 2
     except Diverged as error:
-        announce(f"acgan.py: error: {error}; {describe_last(opt.out_dir)}")
+        tell_error("acgan.py", f"{error}; {describe_last(opt.out_dir)}")
         return 1
-    except Stopped as stopped:
-        announce("Stopped at once; only what the last checkpoint holds is kept.")
-        return stopped.exit_status
-    except (MemoryError, RuntimeError) as error:
-        if processes is not None and processes.lost_one(error):
-            announce(f"acgan.py: error: another process of this run was lost; {describe_last(opt.out_dir)}")
-            return 1
-        if not out_of_memory(error):
+    except RuntimeError as error:
+        if not processes.lost_one(error):
             raise
-        announce("acgan.py: error: not enough memory; lower --batch_size, --img_size or --latent_dim")
-        return 2
-    except OSError as error:
-        announce(f"acgan.py: error: cannot write {error.filename or opt.out_dir}: {error.strerror or error}")
-        return 2
+        tell_error("acgan.py", f"another process of this run was lost; {describe_last(opt.out_dir)}")
+        return 1
+    processes.close()
+    return status
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: returns the exit status, as command_line.exit_status, or 1 if training diverged."""
+    opt = parse_args(argv)
+    return exit_status(
+        "acgan.py", lambda: start(opt, argv), too_large="lower --batch_size, --img_size or --latent_dim",
+        stopped="Stopped at once; only what the last checkpoint holds is kept.",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ class ShuffledBatches:
         share_seed: called with the epoch's seed, returns the one that all processes use.
     """
 
+    in_memory = True  # so gather reads the same memory every time, as a CUDA graph needs it
+
     def __init__(self, images, labels, batch_size, device="cpu", *, rank=0, world=1, share_seed=int):
         self.images = images.to(device)
         self.labels = labels.to(device)
@@ -107,6 +109,8 @@ class StreamedBatches(ShuffledBatches):
         workers: processes that read.
         **shard: as of ShuffledBatches.
     """
+
+    in_memory = False
 
     def __init__(self, images, labels, batch_size, device="cpu", *, workers: int, **shard):
         super().__init__(torch.empty(0), labels, batch_size, device, **shard)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils import BadInput, Diverged, announce, load_data, whole_file
+from utils import BadInput, Diverged, announce, load_data, out_of_memory, whole_file
 
 NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 FORMAT = "acgan checkpoint 1"
@@ -18,8 +18,8 @@ MATHEMATICS = ("seed", "batch_size", "lr", "b1", "b2", "latent_dim", "n_classes"
                "amp", "dataset", "sync_bn")  # fmt: skip
 # Options that a resumed run takes from the checkpoint unless the command line says otherwise. Another sample_interval
 # draws other noise, and another compile rounds otherwise: allowed, but not to the last bit.
-CONTINUED = ("n_epochs", "sample_interval", "log_interval", "checkpoint_interval", "compile", "eval_interval", "judge",
-             "ema")  # fmt: skip
+CONTINUED = ("n_epochs", "sample_interval", "log_interval", "checkpoint_interval", "eval_interval", "judge", "ema",
+             "compile", "cuda_graph", "n_cpu")  # fmt: skip
 LATER = {"dataset": "mnist", "sync_bn": "off", "processes": 1}  # what a checkpoint that lacks an option was made with
 PARTS = ("generator", "discriminator", "optimizer_G", "optimizer_D", "batches")
 
@@ -117,18 +117,21 @@ def restore(packed: dict, device: torch.device, **parts) -> None:
         BadInput: what the checkpoint holds does not fit its own flags.
     """
     try:
-        for name, part in parts.items():
-            if name == "averaged" and name not in packed["parts"]:
+        for restored, part in parts.items():
+            if restored == "averaged" and restored not in packed["parts"]:
                 part.restart()  # from the G just restored, as older checkpoints lack an average
                 continue
-            state = packed["parts"][name]
+            state = packed["parts"][restored]
             if isinstance(part, torch.optim.Optimizer):
                 for group, ours in zip(state["param_groups"], part.param_groups, strict=True):
                     group |= {key: ours[key] for key in ("fused", "capturable")}  # they belong to the device
             part.load_state_dict(state)
+        restored = "random state"
         exact = restore_random_state(packed["random"], device)
     except Exception as error:  # the file's checksums were right, so it was made so
-        raise BadInput(f"argument --resume: the checkpoint's {name} does not fit its flags") from error
+        if out_of_memory(error):
+            raise
+        raise BadInput(f"argument --resume: the checkpoint's {restored} does not fit its flags") from error
     if not exact:
         announce(f"The checkpoint was made on another device or number of threads than {device} here has: "
                  "the run goes on, but not to the last bit.")  # fmt: skip

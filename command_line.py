@@ -3,10 +3,22 @@
 import argparse
 import difflib
 import math
+import os
 import signal
+import sys
 from pathlib import Path
 
-from utils import BadInput, Stopped, announce, check_writable, out_of_memory, raise_stopped, stop_signals
+from utils import (
+    BadInput,
+    Stopped,
+    announce,
+    check_writable,
+    out_of_memory,
+    print_line,
+    process_number,
+    raise_stopped,
+    stop_signals,
+)
 
 HERE = Path(__file__).resolve().parent
 
@@ -38,9 +50,9 @@ def number(kind: type, wanted: str, accept):
     return parse
 
 
-def flag(group, name: str, kind, default, text: str, metavar: str = "N", shown: str = "%(default)s", **kwargs) -> None:
+def flag(group, name: str, kind, default, text: str, metavar: str = "N", shown: str = "%(default)s") -> None:
     """Add a flag whose help ends with its default; `shown` says it in words."""
-    group.add_argument(name, type=kind, default=default, metavar=metavar, help=f"{text} (default: {shown})", **kwargs)
+    group.add_argument(name, type=kind, default=default, metavar=metavar, help=f"{text} (default: {shown})")
 
 
 def device_flag(group) -> None:
@@ -73,27 +85,44 @@ WHOLE = number(int, "a whole number from 1 to 2147483647", lambda value: 1 <= va
 SEED = number(int, "a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)
 
 
-def exit_status(prog: str, command) -> int:
-    """Call `command()`, which writes what a person asked for, and return the exit status.
+def tell_error(prog: str, line: str) -> None:
+    """One line on stderr; of several processes each tells its own, as each can fail for a reason of its own."""
+    prefix = f"process {process_number()}: " if process_number() else ""
+    print_line(f"{prog}: error: {prefix}{line}", sys.stderr)
 
-    0 done, 2 bad input, too little memory or a disk that cannot be written (one line says so), 128 + N for signal N.
+
+def exit_status(
+    prog: str, command, too_large: str = "ask for fewer images", stopped: str = "Stopped; nothing was written."
+) -> int:
+    """Call `command()`, which does what a person asked for, and return the exit status.
+
+    0 done, or what the command returned; 2 bad input, too little memory or a disk that cannot be written (one line says
+    so); 128 + N for signal N.
+
+    Args:
+        prog: the script's name.
+        command: called without arguments.
+        too_large: what to do if memory does not suffice.
+        stopped: what to say after a signal.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stop_signal in stop_signals():
         signal.signal(stop_signal, raise_stopped)
     try:
-        command()
-        return 0
+        return command() or 0
     except BadInput as error:
-        announce(f"{prog}: error: {error}")
-    except Stopped as stopped:
-        announce("Stopped; nothing was written.")
-        return stopped.exit_status
+        tell_error(prog, str(error))
+    except Stopped as signalled:
+        announce(stopped)
+        return signalled.exit_status
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        announce(f"{prog}: error: not enough memory; ask for fewer images")
+        tell_error(prog, f"not enough memory; {too_large}")
     except OSError as error:
-        announce(f"{prog}: error: cannot write {error.filename or 'its output'}: {error.strerror or error}")
+        tell_error(prog, f"cannot write {error.filename or 'its output'}: {error.strerror or error}")
     return 2
 
 

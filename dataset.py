@@ -81,7 +81,7 @@ def load_dataset(name: str, data_root: str | Path, img_size: int, train: bool = 
     return LabelledImages(resized(source, img_size), labels, classes)
 
 
-def load_train_and_test(name: str, data_root: Path, test_root: Path | None, img_size: int, workers: int = 0):
+def load_train_and_test(name: str, data_root: Path, test_root: Path | None, img_size: int):
     """Both parts of a data set, for those who judge: two LabelledImages. A folder's test images lie in `test_root`.
 
     Raises:
@@ -95,6 +95,7 @@ def load_train_and_test(name: str, data_root: Path, test_root: Path | None, img_
         raise BadInput(
             "argument --test_root: needed with --dataset folder; name a folder of real images kept for testing"
         )
+    workers = workers_for(8)
     parts = (load_folder(data_root, img_size, workers), load_folder(test_root, img_size, workers, "--test_root"))
     if parts[0].classes != parts[1].classes or parts[0].images.shape[1] != parts[1].images.shape[1]:
         raise BadInput(
@@ -284,7 +285,7 @@ def load_folder(data_root: Path, img_size: int, workers: int, flag: str = "--dat
             raise BadInput(f"{path} is {what}: mend or remove it") from error
     files = FolderImages(paths, channels, img_size)
     n_bytes = len(paths) * channels * img_size**2
-    if n_bytes > free_memory() * MEMORY_SHARE:
+    if n_bytes > memory() * MEMORY_SHARE:
         announce(
             f"Images: {n_bytes / 2**30:.1f} GiB at this size, too many for memory, so workers read them as they go."
         )
@@ -307,12 +308,14 @@ def workers_for(wanted: int) -> int:
     return min(wanted, cores)
 
 
-def free_memory() -> float:
-    """Bytes of memory that are free; infinite where the system does not say."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return float("inf")
+def memory() -> float:
+    """Bytes of memory of this machine, or of its container where that has less; infinite where nothing says."""
+    sizes = [float("inf")]
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with contextlib.suppress(ValueError, OSError):
+        sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))  # "max" where there is no limit
+    return min(sizes)
 
 
 def first_line(error: BaseException) -> str:

@@ -6,7 +6,6 @@ python evaluate.py --full --json      # more images; for programs
 """
 
 import argparse
-import contextlib
 import json
 import sys
 import time
@@ -17,7 +16,7 @@ import torch
 
 from batches import normalize
 from command_line import SEED, OneLineParser, data_flags, device_flag, exit_status, flag, read_network
-from dataset import NAMES, LabelledImages, load_train_and_test
+from dataset import NAMES, load_train_and_test
 from generate import WEIGHTS, draw_set, load_generator
 from judge import WEIGHTS as JUDGE_WEIGHTS
 from judge import Judge, load_judge
@@ -33,7 +32,7 @@ from scores import (
     show_to,
 )
 from speed import tune_process
-from utils import BadInput, Stopped, announce, choose_device, print_line
+from utils import BadInput, announce, choose_device, print_line
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def discriminator_opinion(discriminator: Discriminator, images, labels, device) 
     for chunk, chunk_labels in zip(images.split(500), labels.split(500), strict=True):
         real, label = discriminator(normalize(chunk.to(device)))
         right += (label.argmax(1).cpu() == chunk_labels).sum().item()
-        validity += real.double().sum().item()
+        validity += real.sum().item()
     return right / len(labels), validity / len(labels)
 
 
@@ -213,62 +212,6 @@ def table(card: dict) -> str:
     return "\n".join(lines)
 
 
-class EpochScores:
-    """Scores G every so many epochs of a training, and keeps the best one beside the last.
-
-    The images are compared with real training digits, so that the test digits have no part in the choice. The best G
-    has the lowest mean FID of the classes, which sees wrong classes and missing variety alike. The random streams of
-    the training are left alone.
-
-    Args:
-        interval: epochs between scores; None for none at all.
-        judge_path: file of the judge.
-        generator, discriminator: of the training, or G's running average; scored as they are at the time.
-        data: the training set.
-        steps_per_epoch: batches an epoch.
-
-    Raises:
-        BadInput: torchmetrics or the judge is missing, or the judge is for other images.
-    """
-
-    SCORED = 1000  # images of each class
-
-    def __init__(self, interval, judge_path, generator, discriminator, data: LabelledImages, steps_per_epoch):
-        self.interval, self.steps_per_epoch = interval, steps_per_epoch
-        self.generator, self.discriminator = generator, discriminator
-        if interval is None:
-            return
-        check_torchmetrics("argument --eval_interval")
-        self.judge = load_judge(judge_path, next(generator.parameters()).device)
-        check_judge(self.judge, generator)
-        self.n_classes = generator.config["n_classes"]
-        self.real = show_to(self.judge, *balanced(data.images, data.labels, self.SCORED, self.n_classes, seed=0))
-
-    def begin(self, log, steps: int) -> None:
-        """Record in `log`, a RunLog, after `steps` batches; a scoring that was cut short there is made up for."""
-        self.log = log
-        if self.interval is None:
-            return
-        if steps and steps % self.steps_per_epoch == 0 and log.scored_step != steps - 1:
-            self.after_epoch(steps // self.steps_per_epoch - 1)
-
-    def after_epoch(self, epoch: int) -> None:
-        """Score G, if it is time to, after `epoch`, counted from 0."""
-        if self.interval is None or (epoch + 1) % self.interval:
-            return
-        with contextlib.suppress(Stopped):  # the loop, which knows of the signal too, ends the run in good order
-            labels = torch.arange(self.n_classes).repeat(self.SCORED)
-            images = torch.cat(list(draw_set(self.generator, labels, seed=0)))
-            drawn = show_to(self.judge, images, labels)
-            parts = [(self.real.of_class(label), drawn.of_class(label)) for label in range(self.n_classes)]
-            scores = {
-                "agreement": agreement(drawn),
-                "fid": fid(self.real.features, drawn.features),
-                "intra_fid": sum(fid(ours.features, theirs.features) for ours, theirs in parts) / self.n_classes,
-            }
-            self.log.scores((epoch + 1) * self.steps_per_epoch - 1, scores, self.generator, self.discriminator)
-
-
 def check_judge(judge: Judge, generator: Generator) -> None:
     """Raise BadInput unless the judge knows the images that G draws: their classes, size and channels."""
     if judge.classes != generator.classes or any(generator.config[name] != judge.config[name] for name in judge.config):
@@ -285,8 +228,9 @@ def kind_of_images(network) -> str:
 
 def load_discriminator(given: Path | None, weights: Path, generator: Generator, device) -> Discriminator | None:
     """The D named on the command line, or the one beside the generator, if there is one that fits. Raises BadInput."""
-    path = given or weights.with_name(weights.name.replace("gen", "dist"))
-    if given is None and (path == weights or not path.exists()):
+    beside = [weights.with_name(weights.name.replace("gen", "dist")), weights.with_name("acgan_dist.pth")]
+    path = given or next((path for path in beside if path != weights and path.exists()), None)
+    if path is None:
         return None
     loader = lambda path: load_network(path, device, kinds=(Discriminator,))  # noqa: E731
     discriminator = read_network("argument --discriminator", path, loader)
@@ -305,7 +249,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     flag(
         parser, "--discriminator", Path, None, "whose own opinion is told too",
-        "FILE", "the file beside the generator with dist for gen in its name, if there is one",
+        "FILE", "the file beside the generator with dist for gen in its name, or acgan_dist.pth, if there is one",
     )  # fmt: skip
     flag(parser, "--judge", Path, JUDGE_WEIGHTS, "the judge, as judge.py writes it", "FILE", "the one that comes along")
     parser.add_argument(

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import BadInput
+from utils import BadInput, process_number
 
 
 class Processes:
@@ -26,8 +26,8 @@ class Processes:
     """
 
     def __init__(self, device: torch.device):
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
+        self.rank = process_number()
         self.device = device
         if self.world == 1:
             return
@@ -42,7 +42,8 @@ class Processes:
         store, rank, world = next(dist.rendezvous("env://"))
         # torchrun keeps its store through a restart, and with it the addresses of processes that are gone
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        # gloo for numbers that the host decides by: it need not wait for the GPU to learn them
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
     @property
@@ -58,7 +59,7 @@ class Processes:
         """The first process's number, for all."""
         if self.world == 1:
             return number
-        shared = torch.tensor(number, device=self.device)
+        shared = torch.tensor(number)
         dist.broadcast(shared, 0)
         return int(shared)
 
@@ -89,7 +90,7 @@ class Processes:
         """True if `flag` is true in any process: all of them must ask."""
         if self.world == 1:
             return flag
-        flags = torch.tensor(int(flag), device=self.device)
+        flags = torch.tensor(int(flag))
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         return bool(flags)
 

@@ -1,19 +1,15 @@
 """What a run shows and records: progress bars, sample grids, TensorBoard, metrics.jsonl, config.json, weights."""
 
 import contextlib
-import errno
 import io
 import json
 import math
 import os
 import platform
-import re
-import shutil
 import sys
 import threading
 import time
 import warnings
-from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +18,9 @@ import torchvision
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from checkpoint import NEWEST, PREVIOUS
 from models import pack_network, write_weights
-from utils import BadInput, Diverged, announce, check_writable, load_data, on_terminal, print_line, whole_file
-
-WEIGHTS = ("acgan_gen.pth", "acgan_dist.pth", "acgan_gen_ema.pth")
-BEST = ("acgan_gen_best.pth", "acgan_dist_best.pth")
+from run_folder import LAST, bring_back_records, lock, new_log_dir, same_folder, set_aside_earlier_run
+from utils import Diverged, announce, on_terminal, print_line, whole_file
 
 # TensorBoard's name for each per-batch curve; the keys are those of metrics.jsonl.
 CURVES = {
@@ -247,6 +240,12 @@ class RunLog:
         yield from batches
         self.bar.close()
 
+    def epochs(self, numbers, batches):
+        """Yield each epoch's number with the indices of each of its batches; `numbers` count from 0."""
+        for epoch in numbers:
+            for indices in self.epoch(epoch, batches):
+                yield epoch, indices
+
     def batch(self, step: int, metrics: dict[str, torch.Tensor], batch_size: int) -> None:
         """Take note of one finished batch; reads the figures only when the bar or the log needs them.
 
@@ -319,29 +318,25 @@ class RunLog:
             file.write(buffer.getbuffer())
         self.to_board("add_image", kind, grid, step)
 
-    def scores(self, step: int, scores: dict[str, float], generator, discriminator) -> None:
-        """Record G's scores after batch `step`; if its intra_fid is the lowest yet, keep it and its D as `BEST`."""
+    def scores(self, step: int, scores: dict[str, float]) -> None:
+        """Record G's scores after batch `step`."""
         self.scored_step = step
         self.write_record({"step": step, "epoch": step // self.steps_per_epoch} | scores)
         for name, value in scores.items():
             self.to_board("add_scalar", f"score/{name}", value, step)
-        try:
-            best = load_data(self.out_dir / BEST[0])["scores"]["intra_fid"]
-        except (OSError, ValueError, KeyError, TypeError):
-            best = math.inf
+
+    def save_best(self, packed: dict[str, dict]) -> bool:
+        """Write the best networks so far, of models.pack_network, by the names of their files; False if it fails."""
         kept = False
-        if scores["intra_fid"] < best:
-            with self.tolerating("the best generator"):
-                # G last: its scores are those compared, so after a fault between the two both are written again
-                for name, network in zip(reversed(BEST), (discriminator, generator), strict=True):
-                    write_weights(self.out_dir / name, pack_network(network) | {"scores": {"step": step} | scores})
-                kept = True
-        text = f"agreement {scores['agreement']:.2%}, FID {scores['fid']:.3f}, intra-FID {scores['intra_fid']:.3f}"
-        announce(f"After batch {step}: {text}{', the best so far' if kept else ''}.")
+        with self.tolerating("the best generator"):
+            for name, network in packed.items():
+                write_weights(self.out_dir / name, network)
+            kept = True
+        return kept
 
     def save_weights(self, generator, discriminator, averaged) -> None:
         """Write G, D and G's running average: tensors and sizes only; `models.load_network` reads them."""
-        for name, network in zip(WEIGHTS, (generator, discriminator, averaged), strict=True):
+        for name, network in zip(LAST, (generator, discriminator, averaged), strict=True):
             write_weights(self.out_dir / name, pack_network(network))
 
 
@@ -354,8 +349,10 @@ class SilentLog:
     def __exit__(self, *exc_info):
         pass
 
-    def epoch(self, epoch: int, batches):
-        yield from batches
+    def epochs(self, numbers, batches):
+        for epoch in numbers:
+            for indices in batches:
+                yield epoch, indices
 
     def nothing(self, *args) -> None:
         pass
@@ -363,132 +360,10 @@ class SilentLog:
     graphs = batch = end_epoch = sample_grid = save_weights = nothing
 
 
-def same_folder(a: Path, b: Path) -> bool:
-    """True if both name one existing folder."""
-    return a.exists() and b.exists() and a.samefile(b)
-
-
-def lock(out_dir: Path):
-    """Keep other runs out of `out_dir` until the returned file is closed; None where the system has no such lock.
-
-    Raises:
-        BadInput: another run is writing there.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    file = open(out_dir / ".lock", "w")  # noqa: SIM115 (closed by the caller)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            return None  # a file system without locks
-        raise BadInput(
-            f"argument --out_dir: another run is writing to {str(out_dir)!r}; name another folder"
-        ) from error
-    return file
-
-
-def bring_back_records(source: Path, out_dir: Path, log_dir: Path, sizes: dict[str, int]) -> None:
-    """Cut the records of an interrupted run back to `sizes`; copy them first if `out_dir` is not their folder.
-
-    Args:
-        source: the folder of the checkpoint.
-        out_dir: the folder in which the run goes on.
-        log_dir: the run's TensorBoard folder in `out_dir`.
-        sizes: bytes to keep of metrics.jsonl and of each event file, by its path in the folder that they were in.
-    """
-    log_dir.mkdir(parents=True, exist_ok=True)
-    for name in BEST:
-        if (source / name).exists() and not same_folder(source, out_dir):
-            shutil.copyfile(source / name, out_dir / name)
-    kept = set()
-    for name, size in sizes.items():
-        name = Path(name)
-        to = (out_dir if name.name == "metrics.jsonl" else log_dir) / name.name
-        kept.add(to)
-        # the records of a run that was set aside lie beside its checkpoint
-        found = next((path for path in (source / name, source / name.name) if path.exists()), None)
-        if found is None or found.stat().st_size < size:
-            announce(f"Warning: {source / name} is missing or was cut: the run's record will have a gap.")
-        if found is None:
-            continue
-        if not same_folder(source, out_dir):
-            shutil.copyfile(found, to)
-        if to.exists() and to.stat().st_size > size:
-            os.truncate(to, size)
-    for events in log_dir.glob("events.*"):
-        if events not in kept:
-            events.unlink()
-
-
-def check_records(log: dict) -> None:
-    """Raise BadInput if a checkpoint's record names files that are none of a run's."""
-    for name in [log["log_dir"] + "/events.", *log["sizes"]]:
-        if not re.fullmatch(r"metrics\.jsonl|logs/[\w-]+/events\.[\w.-]*", str(name)):
-            raise BadInput(f"argument --resume: the checkpoint names {name!r}, which is no record of a run")
-
-
 def quiet_disk_errors(args) -> None:
     """For threading.excepthook: no traceback for a full disk."""
     if not isinstance(args.exc_value, OSError):
         threading.__excepthook__(args)
-
-
-def check_out_dir(out_dir: Path) -> None:
-    """Raise BadInput unless a run can have its files in `out_dir`. Leaves no trace."""
-    check_writable("--out_dir", out_dir)
-    for name, wanted in [("images", Path.is_dir), ("logs", Path.is_dir), ("metrics.jsonl", Path.is_file)]:
-        if (out_dir / name).exists() and not wanted(out_dir / name):
-            what = "a folder" if wanted is Path.is_dir else "a file"
-            raise BadInput(f"argument --out_dir: {str(out_dir / name)!r} is in the way, as it is not {what}")
-
-
-def earlier_log_dir(out_dir: Path) -> Path | None:
-    """The log folder of the run whose config.json lies in `out_dir`, or None; BadInput for one of others."""
-    config = out_dir / "config.json"
-    if not config.exists():
-        return None
-    try:
-        log_dir = json.loads(config.read_text())["log_dir"]
-        if not re.fullmatch(r"logs/[\w-]+", log_dir):
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadInput(
-            f"argument --out_dir: {str(config)!r} is not from a run of this script; name another folder"
-        ) from error
-    return out_dir / log_dir
-
-
-def set_aside_earlier_run(out_dir: Path) -> None:
-    """Move an earlier run's files from `out_dir` to the folder of that run below logs/, and say so."""
-    # config.json last: it names the folder
-    names = ["metrics.jsonl", *WEIGHTS, *BEST, NEWEST, PREVIOUS, "config.json"]
-    files = [out_dir / name for name in names if (out_dir / name).exists()]
-    if not files:
-        return
-    kept = earlier_log_dir(out_dir) or new_log_dir(out_dir / "logs")
-    for folder in ("images", "images/fixed_z"):
-        (kept / folder).mkdir(parents=True, exist_ok=True)
-        for grid in (out_dir / folder).glob("[0-9]*.png"):
-            os.replace(grid, kept / folder / grid.name)
-    for file in files:
-        os.replace(file, kept / file.name)
-    announce(f"The earlier run's files were moved to {kept}")
-
-
-def new_log_dir(logs: Path) -> Path:
-    """Make and return a folder named by the time, to the second, below `logs`."""
-    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    for suffix in ["", *(f"_{n}" for n in range(2, 100))]:
-        try:
-            (logs / (stamp + suffix)).mkdir(parents=True)
-            return logs / (stamp + suffix)
-        except FileExistsError:
-            continue
-    raise FileExistsError(f"{logs / stamp} and 98 more exist")
 
 
 def versions() -> dict[str, str]:

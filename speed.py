@@ -47,7 +47,14 @@ def in_bf16(network):
     return call
 
 
-def accelerate(train_batch, generator, discriminator, batch_size: int, steps: int, compile: str, amp: str):
+def in_float32(layer, inputs):
+    """A hook for D's last layers: in bfloat16 a probability near 1 would become 1, without a gradient."""
+    return tuple(tensor.float() for tensor in inputs)
+
+
+def accelerate(
+    train_batch, generator, discriminator, batch_size: int, steps: int, compile: str, amp: str, capture: bool = True
+):
     """The fastest way that this device has to call `train_batch(generator, discriminator, indices)`.
 
     Args:
@@ -58,15 +65,23 @@ def accelerate(train_batch, generator, discriminator, batch_size: int, steps: in
         compile: "on", "off", or "auto", which compiles on a CPU when the run is long enough. Networks shared by several
             processes are neither compiled nor captured.
         amp: "off" or "bf16".
+        capture: on a CUDA device, replay the batch as a graph; then train_batch must find its inputs where they were,
+            but for the indices.
 
     Returns:
         A function of the indices.
     """
     networks = (generator, discriminator)
     shared = isinstance(generator, DistributedDataParallel)  # it talks to other processes in mid-batch
-    plain = tuple(in_bf16(network) for network in networks) if amp == "bf16" else networks
+    plain = networks
+    if amp == "bf16":
+        for layer in discriminator.modules():
+            if isinstance(layer, torch.nn.Sigmoid | torch.nn.Softmax):
+                layer.register_forward_pre_hook(in_float32)
+        plain = tuple(in_bf16(network) for network in networks)
     call = CompiledBatches(train_batch, networks, plain, batch_size, steps, "off" if shared else compile, amp)
-    return CapturedBatches(call) if not shared and next(generator.parameters()).device.type == "cuda" else call
+    on_cuda = next(generator.parameters()).device.type == "cuda"
+    return CapturedBatches(call) if capture and on_cuda and not shared else call
 
 
 class CompiledBatches:
@@ -184,7 +199,9 @@ class CapturedBatches:
                 return self.replay(indices)
             except RuntimeError as error:
                 self.works = False
-                announce(f"CUDA graph: off, as capturing failed: {str(error).splitlines()[0]}")
+                announce(
+                    f"CUDA graph: off, as capturing failed; --cuda_graph off avoids it: {str(error).splitlines()[0]}"
+                )
         self.side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.side):
             metrics = self.call(indices)

@@ -32,12 +32,17 @@ def on_terminal() -> bool:
     return sys.stdout.isatty() and sys.stderr.isatty()
 
 
+def process_number() -> int:
+    """This process's number among those that torchrun started; 0 if it is alone."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
 def announce(line: str) -> None:
     """Tell the person one thing, on stderr, so that stdout keeps to its one line an epoch.
 
     Of several processes that torchrun started, only the first one speaks.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if process_number():
         return
     if on_terminal():
         tqdm.write(line, file=sys.stderr)  # above the bar, not into it
@@ -59,7 +64,7 @@ def print_line(line: str, stream=None) -> None:
 
 def out_of_memory(error: BaseException) -> bool:
     """True if `error` is one of the ways in which NumPy and PyTorch say that memory does not suffice."""
-    words = ("can't allocate memory", "overflow", "out of memory")
+    words = ("can't allocate memory", "Storage size calculation overflowed", "out of memory")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
@@ -176,7 +181,8 @@ def stop_signals() -> list[int]:
 class StopRequest:
     """Inside the block, a stop signal lets the running batch finish: `requested` turns true.
 
-    A second signal, or a batch that takes longer than `PATIENCE` seconds, ends the block with Stopped.
+    A second signal, or a batch that takes longer than `PATIENCE` seconds, ends the block with Stopped; after
+    take_your_time() only the second signal does.
     `exit_status` is then what a shell expects: 128 + the first signal's number.
     """
 
@@ -203,8 +209,12 @@ class StopRequest:
         if hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, self.PATIENCE)
 
-    def __exit__(self, *exc_info):
+    def take_your_time(self) -> None:
+        """The running batch has ended: what comes after it may take longer."""
         if hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def __exit__(self, *exc_info):
+        self.take_your_time()
         for number, handler in self._previous.items():
             signal.signal(number, handler)

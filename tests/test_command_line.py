@@ -80,11 +80,12 @@ def test_help_states_every_default(capsys):
         acgan.main(["--help"])
     text = " ".join(capsys.readouterr().out.partition("training:")[2].split())
     defaults = vars(acgan.parse_args([]))
+    next_flag = r" --(\w+ [A-Z{[]|cuda )"
     for flag in defaults:
-        entry = re.search(rf"--{flag} .*?\(default: (.*?)\)", text)
+        entry = re.search(rf"--{flag} [A-Z{{[]((?!{next_flag}).)*?\(default: (?P<default>[^()]*)\)", text)
         assert entry, flag
         if isinstance(defaults[flag], int | float):
-            assert entry[1] == str(defaults[flag])
+            assert entry["default"] == str(defaults[flag])
 
 
 def test_defaults_are_the_tutorials():

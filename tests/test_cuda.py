@@ -7,8 +7,10 @@ import few_digits
 import pytest
 import torch
 from conftest import read_rows
+from shapes import make_folder
 
 import acgan
+import dataset
 import speed
 from batches import ShuffledBatches
 from checkpoint import read_checkpoint
@@ -47,7 +49,38 @@ def test_captured_batches_train_as_plain_ones(data_root):
     torch.testing.assert_close(torch.tensor(losses["captured"]), torch.tensor(losses["plain"]), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("flags", [[], ["--amp", "bf16"], ["--compile", "on"]])
+def test_replays_draw_new_numbers():
+    def draw(generator, discriminator, indices):
+        return {"drawn": torch.rand((), device="cuda")}
+
+    call = speed.accelerate(draw, Generator().cuda(), Discriminator().cuda(), 64, 60, "off", "off")
+    indices = torch.arange(64, device="cuda")
+    drawn = [call(indices)["drawn"].item() for _ in range(20)]
+    assert call.works and len(set(drawn)) == 20
+
+
+def test_batch_that_cannot_be_captured_goes_on_without(capsys):
+    def waits_for_the_device(generator, discriminator, indices):
+        return {"drawn": torch.rand(int(indices.sum()) + 1, device="cuda").sum()}
+
+    call = speed.accelerate(waits_for_the_device, Generator().cuda(), Discriminator().cuda(), 4, 60, "off", "off")
+    drawn = [call(torch.arange(4, device="cuda"))["drawn"].item() for _ in range(10)]
+    assert not call.works and len(set(drawn)) == 10
+    assert capsys.readouterr().err.startswith("CUDA graph: off, as capturing failed")
+
+
+def test_streamed_images_are_those_from_memory(tmp_path, monkeypatch):
+    folder = make_folder(tmp_path / "shapes", 40)
+    flags = ["--dataset", "folder", "--data_root", folder, "--device", "cuda", "--seed", 0, "--batch_size", 16,
+             "--log_interval", 1, "--max_steps", 16]  # fmt: skip
+    for how, share in [("memory", 1), ("streamed", 0)]:
+        monkeypatch.setattr(dataset, "MEMORY_SHARE", share)
+        assert acgan.main([str(word) for word in [*flags, "--out_dir", tmp_path / how]]) == 0
+    ours, theirs = ([row["d_real_adv"] for row in read_rows(tmp_path / how)] for how in ("memory", "streamed"))
+    assert ours[:8] == pytest.approx(theirs[:8], rel=1e-2)
+
+
+@pytest.mark.parametrize("flags", [[], ["--cuda_graph", "off"], ["--amp", "bf16"], ["--compile", "on"]])
 def test_run_and_resume_on_the_gpu(flags, data_root, tmp_path, monkeypatch):
     monkeypatch.setattr(acgan, "load_dataset", few_digits.first(150))
     words = [

@@ -11,11 +11,13 @@ from conftest import ROOT, read_board, read_rows
 
 import evaluate
 from dataset import load_dataset
-from evaluate import Counts, balanced, collapsed, score, scorecard
+from epoch_scores import EpochScores
+from evaluate import Counts, balanced, collapsed, load_discriminator, score, scorecard
 from generate import WEIGHTS, draw_set, load_generator
 from judge import WEIGHTS as JUDGE_WEIGHTS
 from judge import Judge, judge_images, load_judge
 from models import load_network, pack_network, write_weights
+from runlog import RunLog
 from scores import density_and_coverage, fid, same_class_ms_ssim, show_to
 
 FEW = Counts(scored=150, cas=200, cas_epochs=3, pairs=30)
@@ -198,7 +200,7 @@ def test_mistakes(flags, words, capsys, tmp_path, monkeypatch):
     assert err.startswith("evaluate.py: error: ") and words in err
 
 
-def test_scores_during_training_change_nothing_in_it_and_keep_the_best(run, tmp_path):
+def test_scores_during_training_change_nothing_in_it_and_keep_the_best(run, tmp_path, data_root):
     flags = ["--seed", 3, "--batch_size", 64, "--log_interval", 2, "--n_epochs", 4]
     plain, scored = tmp_path / "plain", tmp_path / "scored"
     assert run(*flags, "--out_dir", plain, digits=320).returncode == 0
@@ -215,6 +217,15 @@ def test_scores_during_training_change_nothing_in_it_and_keep_the_best(run, tmp_
     kept = torch.load(scored / "acgan_gen_best.pth", weights_only=True)["scores"]
     assert kept == {name: best[name] for name in ("step", "agreement", "fid", "intra_fid")}
     assert load_network(scored / "acgan_gen_best.pth") and load_network(scored / "acgan_dist_best.pth")
+    average = scored / "acgan_gen_ema.pth"
+    assert load_discriminator(None, average, load_generator(average), "cpu")  # that of the run, acgan_dist.pth
+
+    again = EpochScores(1, JUDGE_WEIGHTS, load_generator(average), None, load_dataset("mnist", data_root, 32), 5)
+    again.log = RunLog.__new__(RunLog)
+    again.log.out_dir = scored
+    assert again.lowest_intra_fid() == best["intra_fid"]
+    again.judge_sha256 = "of another judge"  # whose features have another scale
+    assert again.lowest_intra_fid() == math.inf
 
     # an epoch whose scoring was cut short is scored by the resumed run
     assert run(*flags, "--max_steps", 10, "--out_dir", tmp_path / "cut", digits=320).returncode == 0

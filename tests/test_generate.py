@@ -1,6 +1,8 @@
 """Digits on request: the right ones, the same for the same seed, and a film of them forming."""
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -121,6 +123,13 @@ def test_mistakes(flags, words, tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("generate.py: error: ") and words in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["nan.pth", "text.pth"]
+
+
+def test_closed_outputs_are_no_error_of_their_own(tmp_path):
+    command = f'"{sys.executable}" "{generate.__file__}" 1 --out "{tmp_path}/a.png" --weights'
+    assert subprocess.run(f"{command} none.pth >&- 2>&-", shell=True).returncode == 2
+    assert subprocess.run(f'{command} "{generate.WEIGHTS}" >&- 2>&-', shell=True).returncode == 0
+    assert (tmp_path / "a.png").exists()
 
 
 def test_film_of_a_run(run, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import signal
 import time
@@ -16,6 +17,7 @@ from torchvision.utils import make_grid
 
 from models import load_network
 from runlog import CURVES
+from utils import Stopped, StopRequest
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +152,18 @@ def test_signal_in_mid_run_stops_soon_with_all_files_whole(start, tmp_path, numb
         Image.open(tmp_path / "images" / f"{step}.png").load()
     load_network(tmp_path / "acgan_gen.pth")
     assert not list(tmp_path.rglob(".*.part"))
+
+
+def test_a_long_batch_is_not_waited_for_but_a_long_write_is(monkeypatch):
+    monkeypatch.setattr(StopRequest, "PATIENCE", 0.05)
+    with pytest.raises(Stopped), StopRequest():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop.take_your_time()
+        time.sleep(0.2)
+    assert stop.requested and stop.exit_status == 143
 
 
 def test_divergence_is_named_and_keeps_no_weights(run, tmp_path):

@@ -154,6 +154,19 @@ def test_auto_keeps_compiled_networks_only_if_they_are_faster(monkeypatch, capsy
     assert all(short(indices) for _ in range(60))
 
 
+def test_bf16_keeps_the_gradient_of_a_sure_discriminator():
+    discriminator = Discriminator(img_size=16)
+    speed.accelerate(None, Generator(img_size=16), discriminator, 8, 10, "off", "bf16")
+    discriminator.adv_layer[0].weight.data.zero_()
+    discriminator.adv_layer[0].bias.data.fill_(7.0)
+    validity, label = speed.in_bf16(discriminator)(torch.zeros(8, 1, 16, 16))
+    loss = nn.functional.binary_cross_entropy(validity, torch.zeros(8, 1))  # called a fake, D being sure it is real
+    loss.backward()
+    assert loss.item() == pytest.approx(7.0, rel=1e-3)
+    assert discriminator.adv_layer[0].bias.grad.item() == pytest.approx(1.0, rel=1e-2)
+    assert label.dtype == torch.float32
+
+
 def test_bf16_trains_close_to_float32(run, tmp_path):
     flags = ["--seed", 3, "--batch_size", 8, "--max_steps", 5, "--log_interval", 1]
     rows = {}
