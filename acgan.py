@@ -316,7 +316,7 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
     flag(group, "--b2", beta, 0.999, "Adam: decay of the squared gradient's mean, in [0, 1)", "X")
     flag(group, "--seed", SEED, None, "seed of PyTorch and NumPy", shown="one is drawn and printed")
     flag(
-        group, "--ema", beta, 0.9995,
+        group, "--ema", beta, 0.9999,
         "decay of the running average of G's weights, in [0, 1): kept beside G in acgan_gen_ema.pth, it has no part in "
         "the training", "X",
     )  # fmt: skip

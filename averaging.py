@@ -30,8 +30,8 @@ class RunningAverage:
 
     @torch.no_grad()
     def update(self, steps: int) -> None:
-        """Take in the source as it is after `steps` batches; the first ones count more, as the start is of no use."""
-        decay = min(self.decay, steps / (steps + 9))
+        """Take in the source as it is after `steps` batches; at first only about the last quarter of them counts."""
+        decay = min(self.decay, steps / (steps + 4))
         get_ema_multi_avg_fn(decay)(self.ours, self.theirs, None)
 
     def restart(self) -> None:
