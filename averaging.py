@@ -20,7 +20,8 @@ class RunningAverage:
 
     Args:
         source: the network that trains; it is only read.
-        decay: in [0, 1); the average reaches back about 1 / (1 - decay) batches. 0 keeps it equal to the source.
+        decay: in [0, 1); the average reaches back about 1 / (1 - decay) batches, but at most a quarter of those done.
+            0 keeps it equal to the source.
     """
 
     def __init__(self, source: torch.nn.Module, decay: float):
@@ -30,7 +31,7 @@ class RunningAverage:
 
     @torch.no_grad()
     def update(self, steps: int) -> None:
-        """Take in the source as it is after `steps` batches; at first only about the last quarter of them counts."""
+        """Take in the source as it is after `steps` batches."""
         decay = min(self.decay, steps / (steps + 4))
         get_ema_multi_avg_fn(decay)(self.ours, self.theirs, None)
 

@@ -72,7 +72,10 @@ class ShuffledBatches:
         return {"sampler_seed": self.sampler_seed, "position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where state_dict() was taken; the end of an epoch is the start of the next."""
+        """Go on where state_dict() was taken; the end of an epoch is the start of the next. ValueError for no state."""
+        if any(type(value) is not int for value in state.values()) or not 0 <= state["position"] <= len(self):
+            raise ValueError("no position in an epoch")
+        torch.Generator().manual_seed(state["sampler_seed"])  # raises for what is no seed
         self.sampler_seed, self.position = state["sampler_seed"], state["position"] % len(self)
 
     def gather(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,6 +134,8 @@ class StreamedBatches(ShuffledBatches):
                 yield indices.to(device)
         except BadInput as error:
             raise without_traceback(error) from None
+        except (RuntimeError, OSError, EOFError) as error:
+            raise BadInput("a process that reads images was lost, perhaps for want of memory: lower --n_cpu") from error
 
     def gather(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch handed out last, which must be the one of these indices."""

@@ -1,6 +1,7 @@
 """Checkpoints: all that a run needs to go on to the last bit, written so that no fault loses it."""
 
 import io
+import math
 import os
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ MATHEMATICS = ("seed", "batch_size", "lr", "b1", "b2", "latent_dim", "n_classes"
 CONTINUED = ("n_epochs", "sample_interval", "log_interval", "checkpoint_interval", "eval_interval", "judge", "ema",
              "compile", "cuda_graph", "n_cpu")  # fmt: skip
 LATER = {"dataset": "mnist", "sync_bn": "off", "processes": 1}  # what a checkpoint that lacks an option was made with
+KEYS = ("steps", "finished", "options", "data", "random", "log", "parts", "launcher")
 PARTS = ("generator", "discriminator", "optimizer_G", "optimizer_D", "batches")
 
 
@@ -51,9 +53,19 @@ class Checkpoints:
         self.log = log
         self.parts = parts
         self.last_time = time.monotonic()
+        self.unsaved = 0  # batches done, if they are not in a checkpoint yet
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        """Images that could no longer be read end the run; what was reached by then is kept."""
+        if isinstance(error, BadInput) and self.unsaved:
+            self.save(self.unsaved)
 
     def save_if_due(self, steps: int) -> None:
         """Write a checkpoint after `steps` batches, if it is time; if that fails, warn, and try again later."""
+        self.unsaved = steps
         late = time.monotonic() - self.last_time >= self.SECONDS
         due = late if self.interval is None else steps % self.interval == 0
         if not due or not self.writes:
@@ -89,6 +101,7 @@ class Checkpoints:
             "data": self.data,
             "random": random_state(self.device),
             "log": self.log.state_dict(),
+            "launcher": os.getppid(),
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
         }
         if not all_finite(packed["parts"]):
@@ -103,6 +116,7 @@ class Checkpoints:
             os.replace(newest, self.out_dir / PREVIOUS)
         os.replace(written, newest)
         sync_folder(self.out_dir)
+        self.unsaved = 0
 
 
 def restore(packed: dict, device: torch.device, **parts) -> None:
@@ -123,9 +137,12 @@ def restore(packed: dict, device: torch.device, **parts) -> None:
                 continue
             state = packed["parts"][restored]
             if isinstance(part, torch.optim.Optimizer):
-                for group, ours in zip(state["param_groups"], part.param_groups, strict=True):
-                    group |= {key: ours[key] for key in ("fused", "capturable")}  # they belong to the device
+                check_moments(state["state"], part)
+                state = {"state": state["state"], "param_groups": part.state_dict()["param_groups"]}  # of the flags
             part.load_state_dict(state)
+        restored = "position in the data"
+        if parts["batches"].position != packed["steps"] % len(parts["batches"]):
+            raise ValueError("not that of its number of batches")
         restored = "random state"
         exact = restore_random_state(packed["random"], device)
     except Exception as error:  # the file's checksums were right, so it was made so
@@ -135,6 +152,20 @@ def restore(packed: dict, device: torch.device, **parts) -> None:
     if not exact:
         announce(f"The checkpoint was made on another device or number of threads than {device} here has: "
                  "the run goes on, but not to the last bit.")  # fmt: skip
+
+
+def check_moments(state: dict, optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError unless `state` has Adam's moments for each parameter: PyTorch trusts their sizes blindly."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if sorted(state) != list(range(len(parameters))):
+        raise ValueError("moments of other parameters")
+    for number, parameter in enumerate(parameters):
+        for name in ("exp_avg", "exp_avg_sq"):
+            moment = state[number][name]
+            if moment.shape != parameter.shape or moment.dtype != parameter.dtype:
+                raise ValueError(f"{name} of another size or kind")
+        if not 0 <= float(state[number]["step"]) < 2**31:
+            raise ValueError("no number of steps")
 
 
 def find_checkpoint(folder: Path) -> Path | None:
@@ -168,15 +199,20 @@ def read_checkpoint(path: Path, quiet: bool = False) -> dict:
         try:
             packed = load_data(candidate)
             packed["options"] = LATER | packed["options"]
+            log = packed["log"]
             whole = (
                 packed["format"] == FORMAT
-                and isinstance(packed["steps"], int)
+                and is_count(packed["steps"])
+                and is_count(packed["options"]["seed"])
                 and set(MATHEMATICS) <= packed["options"].keys()
                 and set(PARTS) <= packed["parts"].keys()
-                and {"log_dir", "sizes", "pending", "seconds"} <= packed["log"].keys()
+                and isinstance(log["log_dir"], str)
+                and all(isinstance(name, str) and is_count(size) for name, size in log["sizes"].items())
+                and log["pending"].isascii()
+                and 0 <= log["seconds"] < math.inf
             )
-            packed.setdefault("data", None)  # older ones lack it
-            packed = {key: packed[key] for key in ("steps", "finished", "options", "data", "random", "log", "parts")}
+            packed = {"data": None, "launcher": None} | packed  # older ones lack these
+            packed = {key: packed[key] for key in KEYS}
         except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
             continue
         if not whole:
@@ -185,6 +221,21 @@ def read_checkpoint(path: Path, quiet: bool = False) -> dict:
             announce(f"{path} cannot be read; {candidate.name} is used, which ends at batch {packed['steps'] - 1}.")
         return packed | {"file": candidate}
     raise BadInput(f"argument --resume: {str(path)!r} is damaged, or is not a checkpoint of this script")
+
+
+def is_count(value) -> bool:
+    """True for a whole number from 0 on."""
+    return type(value) is int and value >= 0
+
+
+def begun_by_this_torchrun(folder: Path) -> bool:
+    """True if torchrun has restarted this process, and the run in `folder` is the one that it had started before."""
+    if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        return False
+    try:
+        return read_checkpoint(folder, quiet=True)["launcher"] == os.getppid()
+    except BadInput:
+        return False
 
 
 def describe_last(folder: Path) -> str:
@@ -230,6 +281,8 @@ def restore_random_state(state: dict, device: torch.device) -> bool:
     """Undo random_state; False if the run cannot go on to the last bit, on another device or number of threads."""
     torch.set_rng_state(state["torch"])
     kind, *rest = state["numpy"]["rest"]
+    if not 0 <= rest[0] <= 624:  # NumPy does not look before it reads there
+        raise ValueError("no position in NumPy's random numbers")
     np.random.set_state((kind, state["numpy"]["keys"].numpy().astype(np.uint32), *rest))
     if state["device"] != device.type:
         return False

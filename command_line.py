@@ -108,6 +108,8 @@ def exit_status(
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")  # names that this terminal cannot show
     for stop_signal in stop_signals():
         signal.signal(stop_signal, raise_stopped)
     try:
@@ -126,11 +128,23 @@ def exit_status(
     return 2
 
 
-def check_output(flag: str, path: Path) -> None:
-    """Raise BadInput unless a file can be written to `path`. Leaves no trace."""
+def check_output(flag: str, path: Path, suffix: str) -> None:
+    """Raise BadInput unless a file can be written to `path`, whose name ends in `suffix`. Leaves no trace."""
     if path.is_dir() or not path.name:
         raise BadInput(f"argument {flag}: {str(path)!r} is a folder; name a file")
+    if path.exists() and not path.is_file():
+        raise BadInput(f"argument {flag}: {str(path)!r} is a device or a pipe; name a file")
+    if path.suffix.lower() != suffix:
+        raise BadInput(f"argument {flag}: {str(path)!r} does not end in {suffix}, as what it will hold")
     check_writable(flag, path.parent)
+
+
+def print_result(text: str) -> None:
+    """Print what a command was asked for; a reader that has gone away is no error. OSError for a full disk."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def read_network(what: str, path: Path, loader):

@@ -16,13 +16,14 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
+from torchvision.transforms import functional
 from tqdm import tqdm
 
 from mnist import MNIST
 from utils import BadInput, announce, on_terminal, whole_file, without_traceback
 
 KEPT_BYTES = 200 * 2**20  # MNIST resized to more is made anew at each start: 60,000 up to 56 pixels are kept
-MEMORY_SHARE = 0.25  # of the free memory that a folder's images may take; larger ones are streamed
+MEMORY_SHARE = 0.25  # of the memory that a folder's images may take; larger ones are streamed
 MANY = 2000  # images from which on workers read a folder into memory
 NAMES = ("mnist", "fashion_mnist", "kmnist", "qmnist", "cifar10", "folder")
 IDX = ["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz", "t10k-images-idx3-ubyte.gz",
@@ -36,6 +37,7 @@ SETS = {
     "qmnist": (datasets.QMNIST, "QMNIST/raw", QMNIST_FILES),
     "cifar10": (datasets.CIFAR10, ".", ["cifar-10-python.tar.gz"]),
 }
+FORMATS = ("PNG", "JPEG")  # whatever a file's name says: other readers start programs
 GREY_MODES = {"1", "L", "LA", "I;16", "I"}
 
 
@@ -78,6 +80,8 @@ def load_dataset(name: str, data_root: str | Path, img_size: int, train: bool = 
     if len(source.data) != len(labels) or labels.min() < 0 or labels.max() >= len(classes):
         raise BadInput(f"a file of {name} below {str(data_root)!r} is damaged: {len(source.data):,} images, but "
                        f"{len(labels):,} labels from {labels.min()} to {labels.max()}")  # fmt: skip
+    if source.data.shape[1] != source.data.shape[2]:
+        raise BadInput(f"a file of {name} below {str(data_root)!r} is damaged: its images are no squares")
     return LabelledImages(resized(source, img_size), labels, classes)
 
 
@@ -150,7 +154,7 @@ def from_torchvision(name: str, data_root: Path, train: bool):
             if "not found" not in str(error):
                 raise ValueError("damaged") from error
         return kind(data_root, download=True, **options)
-    except (ValueError, AssertionError, EOFError, IndexError, TypeError, gzip.BadGzipFile, zlib.error,
+    except (ValueError, AssertionError, EOFError, LookupError, TypeError, gzip.BadGzipFile, zlib.error,
             pickle.PickleError) as error:  # fmt: skip
         raise BadInput(f"a file of {name} in {str(folder)!r} is damaged: delete its files, and {put}") from error
     except PermissionError as error:
@@ -215,9 +219,7 @@ class FolderImages:
     def __init__(self, paths: list[str], channels: int, img_size: int):
         self.paths, self.channels = paths, channels
         self.shape = (len(paths), channels, img_size, img_size)
-        self.fit = transforms.Compose(
-            [transforms.Resize(img_size), transforms.CenterCrop(img_size), transforms.PILToTensor()]
-        )
+        self.fit = transforms.Compose([transforms.Resize(img_size), transforms.PILToTensor()])
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -228,10 +230,14 @@ class FolderImages:
             return torch.stack([self[int(i)] for i in index])
         path = self.paths[index]
         try:
-            with quiet(), Image.open(path) as image:
-                return self.fit(plain(ImageOps.exif_transpose(image), self.channels))
+            with quiet(), Image.open(path, formats=FORMATS) as image:
+                image = plain(ImageOps.exif_transpose(image), self.channels)
+                return self.fit(functional.center_crop(image, min(image.size)))
+        except MemoryError:
+            raise
         except Exception as error:  # Pillow's readers meet garbage in a dozen ways
-            raise BadInput(f"{path} is damaged, or is no image ({first_line(error)}): mend or remove it") from error
+            what = "damaged, or is no PNG or JPEG"
+            raise BadInput(f"{path!r} is {what} ({first_line(error)}): mend or remove it") from error
 
 
 @contextlib.contextmanager
@@ -277,12 +283,15 @@ def load_folder(data_root: Path, img_size: int, workers: int, flag: str = "--dat
     channels = 1
     for path in paths:  # headers only
         try:
-            with quiet(), Image.open(path) as image:
+            if not os.path.isfile(path):
+                raise ValueError("no file")
+            with quiet(), Image.open(path, formats=FORMATS) as image:
                 if image.mode not in GREY_MODES:
                     channels = 3
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            what = "empty" if os.path.exists(path) and os.path.getsize(path) == 0 else "no image that can be read"
-            raise BadInput(f"{path} is {what}: mend or remove it") from error
+            empty = os.path.isfile(path) and os.path.getsize(path) == 0
+            what = "empty" if empty else "no PNG or JPEG that can be read"
+            raise BadInput(f"{path!r} is {what}: mend or remove it") from error
     files = FolderImages(paths, channels, img_size)
     n_bytes = len(paths) * channels * img_size**2
     if n_bytes > memory() * MEMORY_SHARE:

@@ -7,15 +7,19 @@ python evaluate.py --full --json      # more images; for programs
 
 import argparse
 import json
+import signal
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below: no traceback
+
 import torch
 
 from batches import normalize
-from command_line import SEED, OneLineParser, data_flags, device_flag, exit_status, flag, read_network
+from command_line import SEED, OneLineParser, data_flags, device_flag, exit_status, flag, print_result, read_network
 from dataset import NAMES, load_train_and_test
 from generate import WEIGHTS, draw_set, load_generator
 from judge import WEIGHTS as JUDGE_WEIGHTS
@@ -32,7 +36,7 @@ from scores import (
     show_to,
 )
 from speed import tune_process
-from utils import BadInput, announce, choose_device, print_line
+from utils import BadInput, announce, choose_device
 
 
 @dataclass(frozen=True)
@@ -302,9 +306,9 @@ def main(argv: list[str] | None = None) -> int:
     def command():
         card = evaluate(opt)
         if opt.json:
-            print_line(json.dumps(card, indent=2))
+            print_result(json.dumps(card, indent=2))
             return
-        print_line(table(card))
+        print_result(table(card))
         announce(f"Took {card['seconds']:.0f} s.")
 
     return exit_status("evaluate.py", command)

@@ -7,18 +7,25 @@ python film.py runs/a --rows 4
 import argparse
 import io
 import re
+import signal
 import sys
+import warnings
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageDraw, UnidentifiedImageError
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below: no traceback
 
-from command_line import WHOLE, OneLineParser, check_output, exit_status, flag
-from utils import BadInput, print_line, whole_file
+import numpy as np
+from PIL import Image, ImageDraw
+
+from command_line import WHOLE, OneLineParser, check_output, exit_status, flag, number, print_result
+from utils import BadInput, whole_file
 
 CAPTION = 14  # pixels above the grid
 GRID_ROWS = 10  # of every grid
 LAST_SHOWN = 3000  # milliseconds
+SHOWN = number(int, "a whole number from 10 to 655350", lambda value: 10 <= value <= 655_350)  # what a GIF can hold
+GIF_SIDE = 65_535  # pixels
 
 
 def chosen_frames(steps: list[int], count: int) -> list[int]:
@@ -33,12 +40,16 @@ def chosen_frames(steps: list[int], count: int) -> list[int]:
 def read_frame(path: Path, step: int, rows: int) -> Image.Image:
     """One grid, cut to its first `rows` rows, below a line that says its batch. Raises BadInput."""
     try:
-        grid = Image.open(path).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # Pillow warns of a picture too large to be a grid
+            grid = Image.open(path, formats=("PNG",)).convert("RGB")
+    except Exception as error:  # Pillow's reader meets garbage in a dozen ways
         raise BadInput(f"{path} is damaged, or is no picture: delete it to leave it out") from error
     cell = (grid.height - 2) // GRID_ROWS  # an image and the line above it; two more pixels below
     if cell < 3:
         raise BadInput(f"{path} is no grid of {GRID_ROWS} rows: delete it to leave it out")
+    if max(grid.size) > GIF_SIDE - CAPTION:
+        raise BadInput(f"{path} is too large for a GIF, {grid.width} x {grid.height} pixels")
     grid = grid.crop((0, 0, grid.width, cell * rows + 2))
     frame = Image.new("RGB", (grid.width, grid.height + CAPTION), "white")
     frame.paste(grid, (0, CAPTION))
@@ -79,7 +90,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag(parser, "--out", Path, Path("film.gif"), "file to write", "FILE")
     flag(parser, "--frames", WHOLE, 40, "frames at most: the early grids, then ever sparser ones")
     flag(parser, "--rows", WHOLE, GRID_ROWS, f"rows of the grid to show, at most {GRID_ROWS}")
-    flag(parser, "--milliseconds", WHOLE, 200, "how long each frame is shown; the last for three seconds")
+    flag(parser, "--milliseconds", SHOWN, 200, "how long each frame is shown; the last for three seconds")
     opt = parser.parse_args(argv)
     if opt.frames < 2:
         parser.error("argument --frames: a film has at least 2")
@@ -93,9 +104,9 @@ def main(argv: list[str] | None = None) -> int:
     opt = parse_args(argv)
 
     def command():
-        check_output("--out", opt.out)
+        check_output("--out", opt.out, ".gif")
         count = make_film(opt.run, opt.out, opt.frames, opt.rows, opt.milliseconds)
-        print_line(f"{opt.out}: {count} frames, {opt.out.stat().st_size / 2**20:.1f} MB")
+        print_result(f"{opt.out}: {count} frames, {opt.out.stat().st_size / 2**20:.1f} MB")
 
     return exit_status("film.py", command)
 

@@ -8,18 +8,32 @@ python generate.py -n 6000 --npz digits.npz        # a labelled data set of 60,0
 
 import argparse
 import io
+import signal
 import sys
 import zipfile
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below: no traceback
 
 import numpy as np
 import torch
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from command_line import SEED, WHOLE, OneLineParser, check_output, device_flag, exit_status, flag, read_network
+from command_line import (
+    SEED,
+    WHOLE,
+    OneLineParser,
+    check_output,
+    device_flag,
+    exit_status,
+    flag,
+    print_result,
+    read_network,
+)
 from models import Generator, load_network
-from utils import BadInput, choose_device, on_terminal, print_line, whole_file
+from utils import BadInput, choose_device, on_terminal, whole_file
 
 WEIGHTS = Path(__file__).resolve().parent / "weights" / "acgan_gen.pth"
 CHUNK = 500  # images drawn at a time
@@ -63,7 +77,8 @@ def interpolate(generator: Generator, z: torch.Tensor, start: int, end: int, ste
     device = next(generator.parameters()).device
     first, last = generator.label_emb(torch.tensor([start, end], device=device))
     way = torch.lerp(first, last, torch.linspace(0, 1, steps, device=device)[:, None])  # (steps, latent_dim)
-    return torch.cat([generator.decode(way * noise.to(device)).cpu() for noise in z])
+    chunks = [part * noise.to(device) for noise in z for part in way.split(CHUNK)]
+    return torch.cat([generator.decode(chunk).cpu() for chunk in chunks])
 
 
 def to_bytes(imgs: torch.Tensor) -> torch.Tensor:
@@ -189,14 +204,14 @@ def generate(opt: argparse.Namespace) -> None:
         labels = list(range(len(generator.classes)))
 
     if opt.npz:
-        check_output("--npz", opt.npz)
+        check_output("--npz", opt.npz, ".npz")
         write_npz(opt.npz, generator, torch.tensor(labels).repeat(opt.n), opt.seed)
-        print_line(f"{opt.npz}: {len(labels) * opt.n:,} images")
+        print_result(f"{opt.npz}: {len(labels) * opt.n:,} images")
         return
     columns = opt.steps if opt.interpolate else len(labels)
     if columns * opt.n > PNG_LIMIT:
         raise BadInput(f"argument -n: more than {PNG_LIMIT:,} images do not fit one picture; --npz has no limit")
-    check_output("--out", opt.out)
+    check_output("--out", opt.out, ".png")
     noise = torch.Generator().manual_seed(opt.seed)
     if opt.interpolate:
         z = torch.randn(opt.n, generator.config["latent_dim"], generator=noise)
@@ -205,7 +220,7 @@ def generate(opt: argparse.Namespace) -> None:
         z = torch.randn(columns * opt.n, generator.config["latent_dim"], generator=noise)
         imgs = draw_images(generator, z, torch.tensor(labels).repeat(opt.n))
     write_png(opt.out, imgs, columns)
-    print_line(f"{opt.out}: {opt.n} rows of {columns} images")
+    print_result(f"{opt.out}: {opt.n} rows of {columns} images")
 
 
 def main(argv: list[str] | None = None) -> int:

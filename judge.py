@@ -6,8 +6,12 @@ python judge.py --dataset fashion_mnist --out my_judge.pth    # one for other im
 
 import argparse
 import math
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below: no traceback
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +28,13 @@ from command_line import (
     device_flag,
     exit_status,
     flag,
+    print_result,
     read_network,
 )
 from dataset import NAMES, load_train_and_test
 from models import load_network, pack_network, write_weights
 from speed import tune_process
-from utils import announce, choose_device, on_terminal, print_line
+from utils import BadInput, announce, choose_device, on_terminal
 
 WEIGHTS = Path(__file__).resolve().parent / "weights" / "judge.pth"
 CHUNK = 500  # images judged at a time
@@ -149,7 +154,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(
         prog="judge.py", description="Train the judge on real images, and test it.", allow_abbrev=False
     )
-    flag(parser, "--out", Path, WEIGHTS, "file to write", "FILE", "weights/judge.pth beside judge.py")
+    flag(
+        parser,
+        "--out",
+        Path,
+        None,
+        "file to write",
+        "FILE",
+        "for MNIST at 32 pixels, weights/judge.pth beside judge.py",
+    )
     flag(parser, "--n_epochs", WHOLE, 10, "passes over the training images")
     flag(parser, "--img_size", WHOLE, 32, "image side in pixels; that of the generator to be judged")
     flag(parser, "--seed", SEED, 0, "seed of its weights and of the order of the images")
@@ -165,7 +178,10 @@ def main(argv: list[str] | None = None) -> int:
     def command():
         device, why = choose_device(opt.device)
         tune_process(device)
-        check_output("--out", opt.out)
+        if opt.out is None and (opt.dataset, opt.img_size) != ("mnist", 32):
+            raise BadInput("argument --out: needed here, as weights/judge.pth is for MNIST at 32 pixels; name a file")
+        opt.out = opt.out or WEIGHTS
+        check_output("--out", opt.out, ".pth")
         if why:
             announce(why)
         data, test = load_train_and_test(opt.dataset, opt.data_root, opt.test_root, opt.img_size)
@@ -174,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
         judge.classes = data.classes
         accuracy = (judge_images(judge, test.images)[1] == test.labels).double().mean()
         write_weights(opt.out, pack_network(judge))
-        print_line(f"{opt.out}: {accuracy:.2%} of the {len(test.labels):,} test images recognised")
+        print_result(f"{opt.out}: {accuracy:.2%} of the {len(test.labels):,} test images recognised")
 
     return exit_status("judge.py", command)
 

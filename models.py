@@ -230,8 +230,9 @@ def load_network(path, device="cpu", kinds=(Generator, Discriminator)) -> nn.Mod
         with torch.random.fork_rng(devices=[]):  # the weights that it is born with are drawn, and then replaced
             network = kinds[packed["network"]](**packed["config"])
         network.load_state_dict(packed["state_dict"])
-        if not all(torch.isfinite(tensor).all() for tensor in network.state_dict().values()):
-            raise ValueError("a number in it is not finite")
+        for name, tensor in network.state_dict().items():
+            if not torch.isfinite(tensor).all() or (name.endswith("running_var") and tensor.min() < 0):
+                raise ValueError("a number in it is not finite, or a variance is negative")
         network.classes = [str(name) for name in packed.get("classes", network.classes)]
         if len(network.classes) != network.config["n_classes"]:
             raise ValueError("a name for each class is wanted")

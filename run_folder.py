@@ -17,6 +17,10 @@ BEST = ("acgan_gen_best.pth", "acgan_dist_best.pth")
 
 def check_out_dir(out_dir: Path) -> None:
     """Raise BadInput unless a run can have its files in `out_dir`. Leaves no trace."""
+    try:
+        str(out_dir).encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(f"argument --out_dir: {str(out_dir)!r} is no text; name another folder") from error
     check_writable("--out_dir", out_dir)
     for name, wanted in [("images", Path.is_dir), ("logs", Path.is_dir), ("metrics.jsonl", Path.is_file)]:
         if (out_dir / name).exists() and not wanted(out_dir / name):
@@ -73,6 +77,13 @@ def lock(out_dir: Path):
             f"argument --out_dir: another run is writing to {str(out_dir)!r}; name another folder"
         ) from error
     return file
+
+
+def remove_leftovers(out_dir: Path) -> None:
+    """Delete the half-written files of a run that was killed; utils.whole_file names them."""
+    for folder in ("", "images", "images/fixed_z"):
+        for part in (out_dir / folder).glob(".*.part"):
+            part.unlink(missing_ok=True)
 
 
 def set_aside_earlier_run(out_dir: Path) -> None:

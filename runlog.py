@@ -19,7 +19,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from models import pack_network, write_weights
-from run_folder import LAST, bring_back_records, lock, new_log_dir, same_folder, set_aside_earlier_run
+from run_folder import LAST, bring_back_records, lock, new_log_dir, remove_leftovers, same_folder, set_aside_earlier_run
 from utils import Diverged, announce, on_terminal, print_line, whole_file
 
 # TensorBoard's name for each per-batch curve; the keys are those of metrics.jsonl.
@@ -102,6 +102,7 @@ class RunLog:
 
         out_dir.mkdir(parents=True, exist_ok=True)
         self.lock = lock(out_dir)
+        remove_leftovers(out_dir)
         same = checkpoint is not None and same_folder(checkpoint["file"].parent, out_dir)
         if not same:
             set_aside_earlier_run(out_dir)

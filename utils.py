@@ -138,13 +138,14 @@ def load_data(path: Path):
 def whole_file(path: Path):
     """Open a binary file that appears under `path` only when the block ends well: never half a file.
 
-    Written beside its place as `.NAME.part`, flushed to the disk, then renamed. A missing folder is made.
+    Written beside its place, flushed to the disk, then renamed. A missing folder is made; a link is followed.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full; `path` keeps what it held.
     """
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{os.getpid()}.part")  # two processes that write the same file do not meet
     try:
         with open(part, "wb") as file:
             yield file

@@ -31,7 +31,7 @@ def make_folder(root: Path, per_class: int, seed: int = 0) -> Path:
     """Write ROOT/CLASS/N.png, and return ROOT."""
     rng = random.Random(seed)
     for name in CLASSES:
-        (root / name).mkdir(parents=True)
+        (root / name).mkdir(parents=True, exist_ok=True)
         for number in range(per_class):
             draw_shape(name, rng).save(root / name / f"{number}.png")
     return root

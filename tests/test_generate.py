@@ -1,5 +1,6 @@
 """Digits on request: the right ones, the same for the same seed, and a film of them forming."""
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from PIL import Image
 
 import film
 import generate
+from command_line import exit_status, print_result
 from judge import WEIGHTS as JUDGE_WEIGHTS
 from judge import judge_images, load_judge
 from models import Generator, pack_network, write_weights
+from utils import whole_file
 
 
 def call(command, *flags):
@@ -109,6 +112,8 @@ def test_image_does_not_depend_on_its_neighbours(tmp_path):
         (["--weights", "none.pth"], "argument --weights: cannot read 'none.pth'"),
         (["--weights", "text.pth"], "argument --weights: text.pth is damaged"),
         (["--interpolate", "1", "2", "--npz", "a.npz"], "argument --npz: not allowed with argument --interpolate"),
+        (["1", "--out", "a.jpg"], "argument --out: 'a.jpg' does not end in .png, as what it will hold"),
+        (["1", "--out", "/dev/null"], "argument --out: '/dev/null' is a device or a pipe; name a file"),
         (["1", "--out", "text.pth/a.png"], "argument --out: cannot write to 'text.pth'"),
         (["--npz", "/proc/a.npz"], "argument --npz: cannot write to '/proc'"),
     ],
@@ -123,6 +128,30 @@ def test_mistakes(flags, words, tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("generate.py: error: ") and words in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["nan.pth", "text.pth"]
+
+
+def test_links_are_followed_and_two_writers_do_not_meet(tmp_path, monkeypatch):
+    (tmp_path / "target.png").touch()
+    (tmp_path / "link.png").symlink_to("target.png")
+    assert call(generate, "1", "--out", tmp_path / "link.png") == 0
+    assert (tmp_path / "link.png").is_symlink() and (tmp_path / "target.png").stat().st_size > 100
+    with whole_file(tmp_path / "one") as first:
+        first.write(b"first")
+        monkeypatch.setattr("os.getpid", lambda: 1)
+        with whole_file(tmp_path / "one") as second:
+            second.write(b"second, longer")
+        assert (tmp_path / "one").read_bytes() == b"second, longer"
+    assert (tmp_path / "one").read_bytes() == b"first"
+
+
+def test_full_disk_behind_the_output_is_an_error(capsys, monkeypatch):
+    with open("/dev/full", "w") as full, monkeypatch.context() as patched:
+        patched.setattr("sys.stdout", full)
+        assert exit_status("a.py", lambda: print_result("result")) == 2
+        patched.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+    assert capsys.readouterr().err.startswith("a.py: error: cannot write its output: No space left")
 
 
 def test_closed_outputs_are_no_error_of_their_own(tmp_path):
@@ -154,6 +183,7 @@ def test_film_of_a_run(run, tmp_path, capsys):
         ([tmp_path / "none"], "fewer than two grids in"),
         ([tmp_path], "3.png is damaged, or is no picture"),
         ([tmp_path, "--rows", 11], "argument --rows: a grid has 10"),
+        ([tmp_path, "--milliseconds", 700_000], "argument --milliseconds: '700000' is not a whole number from 10 to"),
         ([tmp_path, "--frames", 1], "argument --frames: a film has at least 2"),
     ]:
         assert call(film, *flags, "--out", tmp_path / "b.gif") == 2

@@ -6,8 +6,10 @@ import json
 import os
 import pickle
 import re
+import shutil
 import struct
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ import evaluate
 import generate
 import judge
 from batches import ShuffledBatches, StreamedBatches
+from checkpoint import read_checkpoint
 from dataset import FolderImages, load_dataset
 from evaluate import balanced
 from models import load_network
@@ -64,6 +67,10 @@ def test_folder_trains_samples_and_resumes_to_the_last_bit(shapes, start_on, tmp
     status, _, err = start_on(make_folder(tmp_path / "other", 5), "--resume", "--max_steps", 30, "--out_dir", resumed)
     assert status == 2 and "argument --resume: the checkpoint is of other classes or another number of images" in err
     assert_same_run(resumed, straight)
+    moved = shutil.copytree(shapes, tmp_path / "moved")
+    (moved / "red disc" / "1.png").rename(moved / "green box" / "red.png")
+    status, _, err = start_on(moved, "--resume", "--max_steps", 30, "--out_dir", resumed)
+    assert status == 2 and "the checkpoint is of other classes or another number of images" in err
     assert json.loads((straight / "config.json").read_text())["classes"] == CLASSES
     grid = np.asarray(Image.open(straight / "images" / "18.png"))
     assert grid.shape == (10 * 34 + 2, 3 * 34 + 2, 3) and (grid[..., 0] != grid[..., 2]).any()  # in colour
@@ -96,6 +103,8 @@ def test_the_judge_says_that_it_does_not_know_them_and_one_can_be_trained(shapes
     assert judge.main([*data, "--out", str(tmp_path / "judge.pth")]) == 2
     assert "argument --test_root: needed" in capsys.readouterr().err
     data += ["--test_root", str(test_root)]
+    assert judge.main(data) == 2  # the one that comes along is not overwritten
+    assert "argument --out: needed here" in capsys.readouterr().err
     assert judge.main([*data, "--n_epochs", "8", "--out", str(tmp_path / "judge.pth")]) == 0
     share = re.search(r"([\d.]+)% of the 36 test images recognised", capsys.readouterr().out)[1]
     assert float(share) > 80
@@ -137,8 +146,37 @@ def test_damage_that_a_worker_finds_is_one_line(copy, monkeypatch):
     path = copy / "green box" / "2.png"
     path.write_bytes(path.read_bytes()[:-60])  # the header is whole
     images, labels, _ = load_dataset("folder", copy, 32)
-    with pytest.raises(BadInput, match=r"^\S.*green box/2.png is damaged, or is no image .*: mend or remove it$"):
+    with pytest.raises(
+        BadInput, match=r"^\S.*green box/2.png' is damaged, or is no PNG or JPEG .*: mend or remove it$"
+    ):
         list(StreamedBatches(images, labels, 4, workers=1))
+
+
+def test_damage_in_mid_run_keeps_what_was_reached(copy, tmp_path, monkeypatch, capsys):
+    train_step, calls = acgan.train_step, []
+
+    def harming(*args):
+        calls.append(1)
+        if len(calls) == 3:  # the last batch of an epoch, so nothing is read ahead
+            (copy / "green box" / "2.png").write_bytes(b"")
+        return train_step(*args)
+
+    monkeypatch.setattr(acgan, "train_step", harming)
+    monkeypatch.setattr(dataset, "MEMORY_SHARE", 0)
+    flags = ["--dataset", "folder", "--data_root", copy, "--device", "cpu", "--img_size", 16, "--batch_size", 4]
+    run = ["--seed", 0, "--n_cpu", 1, "--out_dir", tmp_path / "run"]
+    assert acgan.main([str(flag) for flag in [*flags, *run]]) == 2
+    assert "2.png' is damaged" in capsys.readouterr().err
+    assert 3 <= read_checkpoint(tmp_path / "run")["steps"] < 6
+
+
+def test_thin_picture_takes_little_memory(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        Image.new("L", (1, 200_000), 50).save(tmp_path / name / "thin.png")
+    tracemalloc.start()
+    assert load_dataset("folder", tmp_path, 16).images.float().mean() == 50
+    assert tracemalloc.get_traced_memory()[1] < 50_000_000
 
 
 def test_mixed_modes_become_one(tmp_path):
@@ -172,11 +210,13 @@ def test_mixed_modes_become_one(tmp_path):
         ("empty", "holds 0 folders of images"),
         ("one class", "holds 1 folders of images"),
         ("empty class", "Found no valid file for the classes green box"),
-        ("text", "green box/2.png is no image that can be read: mend or remove it"),
-        ("zero bytes", "green box/2.png is empty: mend or remove it"),
-        ("truncated", "green box/2.png is damaged, or is no image"),
+        ("text", "green box/2.png' is no PNG or JPEG that can be read: mend or remove it"),
+        ("postscript", "green box/2.png' is no PNG or JPEG that can be read"),
+        ("pipe", "green box/2.png' is no PNG or JPEG that can be read"),
+        ("zero bytes", "green box/2.png' is empty: mend or remove it"),
+        ("truncated", "green box/2.png' is damaged, or is no PNG or JPEG"),
         ("loop", "is a link to a folder that was met already"),
-        ("dangling", "2.png is no image that can be read"),
+        ("dangling", "2.png' is no PNG or JPEG that can be read"),
         ("name", "cannot be printed as the name of a class"),
         ("channels", r"argument --channels: the data \(folder\) has 3, not 1"),
         ("n_classes", r"argument --n_classes: the data \(folder\) has 3, not 10"),
@@ -198,6 +238,11 @@ def test_mistakes(harm, words, copy, tmp_path, capsys):
             image.unlink()
     elif harm == "text":
         path.write_text("no image")
+    elif harm == "postscript":  # Pillow would hand it to another program
+        Image.new("RGB", (40, 40)).save(path, "EPS")
+    elif harm == "pipe":
+        path.unlink()
+        os.mkfifo(path)
     elif harm == "zero bytes":
         path.write_bytes(b"")
     elif harm == "loop":

@@ -12,7 +12,7 @@ import torch
 from conftest import assert_same_run, read_board, read_rows
 
 import acgan
-from checkpoint import NEWEST, PREVIOUS, read_checkpoint
+from checkpoint import NEWEST, PREVIOUS, begun_by_this_torchrun, read_checkpoint
 from runlog import RunLog
 
 SMALL = ["--seed", 4, "--batch_size", 24, "--img_size", 16, "--log_interval", 1, "--sample_interval", 4]
@@ -161,6 +161,57 @@ def test_checkpoint_of_another_shape_is_named(copy, capsys):
     torch.save(packed, copy / NEWEST)
     line = fails(copy, ["--resume"], capsys)
     assert "--resume: the checkpoint's generator does not fit its flags" in line
+
+
+def moments(packed):
+    return packed["parts"]["optimizer_G"]["state"]
+
+
+CRAFTED = {
+    "moments of another size": lambda packed: moments(packed)[0].update(exp_avg=torch.zeros(3)),
+    "moments of another kind": lambda packed: moments(packed)[0].update(exp_avg=moments(packed)[0]["exp_avg"].double()),
+    "no second moment": lambda packed: moments(packed)[2].pop("exp_avg_sq"),
+    "no moments": lambda packed: moments(packed).clear(),
+    "steps of no kind": lambda packed: moments(packed)[1].update(step=torch.tensor(float("nan"))),
+    "position beyond NumPy's numbers": lambda packed: packed["random"]["numpy"]["rest"].__setitem__(1, 2**31 - 1),
+    "position beyond the epoch": lambda packed: packed["parts"]["batches"].update(position=7),
+    "half a position": lambda packed: packed["parts"]["batches"].update(position=1.5),
+    "another position": lambda packed: packed["parts"]["batches"].update(position=2),
+    "seed of an epoch too large": lambda packed: packed["parts"]["batches"].update(sampler_seed=2**70),
+    "negative steps": lambda packed: packed.update(steps=-3),
+    "no seed": lambda packed: packed["options"].update(seed=None),
+    "no time": lambda packed: packed["log"].update(seconds=float("nan")),
+    "no rows": lambda packed: packed["log"].update(pending=5),
+    "no folder": lambda packed: packed["log"].update(log_dir=None),
+    "no sizes": lambda packed: packed["log"].update(sizes=[]),
+    "negative sizes": lambda packed: packed["log"].update(sizes={"metrics.jsonl": -1}),
+}
+
+
+@pytest.mark.parametrize("harm", CRAFTED)
+def test_checkpoint_that_contradicts_itself_is_refused(harm, copy, capsys):
+    packed = torch.load(copy / NEWEST, weights_only=True)
+    CRAFTED[harm](packed)
+    torch.save(packed, copy / NEWEST)
+    (copy / PREVIOUS).unlink(missing_ok=True)
+    line = fails(copy, ["--resume", "--max_steps", STEPS], capsys)
+    assert "does not fit its flags" in line or "is damaged, or is not a checkpoint" in line
+
+
+def test_only_its_own_torchrun_restarts_a_run(copy, monkeypatch):
+    launcher = read_checkpoint(copy)["launcher"]
+    monkeypatch.setattr("os.getppid", lambda: launcher)
+    assert not begun_by_this_torchrun(copy)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert begun_by_this_torchrun(copy) and not begun_by_this_torchrun(copy / "images")
+    monkeypatch.setattr("os.getppid", lambda: launcher + 1)
+    assert not begun_by_this_torchrun(copy)
+
+
+def test_leftovers_of_a_killed_run_are_removed(copy, run):
+    (copy / "images" / ".123.part").write_text("half a grid")
+    assert run("--resume", "--max_steps", 41, "--out_dir", copy, digits=DIGITS).returncode == 0
+    assert not list(copy.rglob(".*.part"))
 
 
 def test_checkpoint_cannot_reach_files_outside_the_run(copy, capsys):
