@@ -101,7 +101,7 @@ class Checkpoints:
             "data": self.data,
             "random": random_state(self.device),
             "log": self.log.state_dict(),
-            "launcher": os.getppid(),
+            "launcher": os.getppid(),  # torchrun, where it started this process
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
         }
         if not all_finite(packed["parts"]):
