@@ -3,7 +3,7 @@
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from utils import BadInput, without_traceback
+from dataset import from_workers
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
@@ -128,14 +128,9 @@ class StreamedBatches(ShuffledBatches):
             self.files, batch_sampler=[part.tolist() for part in parts], num_workers=self.workers,
             pin_memory=device.type == "cuda", generator=torch.Generator(),
         )  # fmt: skip
-        try:
-            for images, indices in loader:
-                self.read = images.to(device, non_blocking=True)
-                yield indices.to(device)
-        except BadInput as error:
-            raise without_traceback(error) from None
-        except (RuntimeError, OSError, EOFError) as error:
-            raise BadInput("a process that reads images was lost, perhaps for want of memory: lower --n_cpu") from error
+        for images, indices in from_workers(loader):
+            self.read = images.to(device, non_blocking=True)
+            yield indices.to(device)
 
     def gather(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch handed out last, which must be the one of these indices."""

@@ -20,7 +20,7 @@ from torchvision.transforms import functional
 from tqdm import tqdm
 
 from mnist import MNIST
-from utils import BadInput, announce, on_terminal, whole_file, without_traceback
+from utils import BadInput, announce, on_terminal, whole_file
 
 KEPT_BYTES = 200 * 2**20  # MNIST resized to more is made anew at each start: 60,000 up to 56 pixels are kept
 MEMORY_SHARE = 0.25  # of the memory that a folder's images may take; larger ones are streamed
@@ -303,12 +303,21 @@ def load_folder(data_root: Path, img_size: int, workers: int, flag: str = "--dat
     loader = DataLoader(
         files, batch_size=64, num_workers=workers if len(files) >= MANY else 0, generator=torch.Generator()
     )
-    try:
-        for number, chunk in enumerate(tqdm(loader, desc="Reading", delay=1, disable=not on_terminal())):
-            images[64 * number : 64 * number + len(chunk)] = chunk
-    except BadInput as error:
-        raise without_traceback(error) from None
+    for number, chunk in enumerate(
+        tqdm(from_workers(loader), "Reading", len(loader), delay=1, disable=not on_terminal())
+    ):
+        images[64 * number : 64 * number + len(chunk)] = chunk
     return LabelledImages(images, labels, found.classes)
+
+
+def from_workers(loader: DataLoader):
+    """What `loader` reads. Raises BadInput, in one line, where a file is damaged or a worker was lost."""
+    try:
+        yield from loader
+    except BadInput as error:  # PyTorch puts the worker's traceback before it
+        raise BadInput(str(error).strip().splitlines()[-1].removeprefix("utils.BadInput: ")) from None
+    except (RuntimeError, OSError, EOFError) as error:
+        raise BadInput("a process that reads images was lost, perhaps for want of memory: lower --n_cpu") from error
 
 
 def workers_for(wanted: int) -> int:

@@ -18,11 +18,6 @@ class BadInput(Exception):
     """Something only the person at the keyboard can mend; its one line says what is wrong and what to do."""
 
 
-def without_traceback(error: BadInput) -> BadInput:
-    """The one line of a BadInput; where a loader's worker met it, PyTorch puts that worker's traceback before."""
-    return BadInput(str(error).strip().splitlines()[-1].removeprefix("utils.BadInput: "))
-
-
 class Diverged(Exception):
     """A number that training stands on is no longer finite; its line names the batch."""
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import struct
 import tarfile
 import tracemalloc
@@ -149,6 +150,14 @@ def test_damage_that_a_worker_finds_is_one_line(copy, monkeypatch):
     with pytest.raises(
         BadInput, match=r"^\S.*green box/2.png' is damaged, or is no PNG or JPEG .*: mend or remove it$"
     ):
+        list(StreamedBatches(images, labels, 4, workers=1))
+
+
+def test_reader_that_is_killed_is_one_line(copy, monkeypatch):
+    monkeypatch.setattr(dataset, "MEMORY_SHARE", 0)
+    images, labels, _ = load_dataset("folder", copy, 32)
+    monkeypatch.setattr(FolderImages, "__getitem__", lambda self, index: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(BadInput, match="a process that reads images was lost"):
         list(StreamedBatches(images, labels, 4, workers=1))
 
 
