@@ -77,7 +77,7 @@ def test_agreement_falls_with_wrong_classes(scored):
 
 def test_fid_grows_with_bad_images_and_the_one_by_class_with_wrong_classes_too(scored):
     values, by_class = of(scored, "fid"), of(scored, "intra_fid")
-    assert values["real"] < 0.1 < 3 < values["early"] and values["repeated"] > 1
+    assert values["real"] < 0.1 < 3 < values["early"] and values["repeated"] > 5 * values["drawn"]
     assert values["real"] < values["drawn"] < values["repeated"] < values["early"]
     assert values["permuted"] == pytest.approx(values["drawn"], rel=1e-6)  # it does not look at classes
     assert by_class["real"] < by_class["drawn"] < by_class["repeated"]
@@ -102,7 +102,7 @@ def test_ms_ssim_names_the_classes_that_collapsed(scored):
 
 def test_cas_falls_with_wrong_classes_and_with_missing_variety(scored):
     values = of(scored, "cas")
-    assert values["real"] > values["drawn"] > 0.85
+    assert min(values["real"], values["drawn"]) > 0.85  # so few images do not tell these two apart
     assert values["repeated"] < values["drawn"] - 0.2 and values["early"] < values["drawn"] - 0.2
     assert values["permuted"] < 0.1 and values["mixed"] < 0.6
 
