@@ -317,7 +317,9 @@ def from_workers(loader: DataLoader):
     except BadInput as error:  # PyTorch puts the worker's traceback before it
         raise BadInput(str(error).strip().splitlines()[-1].removeprefix("utils.BadInput: ")) from None
     except (RuntimeError, OSError, EOFError) as error:
-        raise BadInput("a process that reads images was lost, perhaps for want of memory: lower --n_cpu") from error
+        raise BadInput(
+            "a process that reads images was lost, perhaps for want of memory: lower --n_cpu of acgan.py"
+        ) from error
 
 
 def workers_for(wanted: int) -> int:
