@@ -4,61 +4,46 @@ Paper: Odena, Olah, Shlens, "Conditional Image Synthesis with Auxiliary Classifi
 
     python acgan.py --n_epochs 200             # train; grids in images/, curves in logs/
     python acgan.py --max_steps 20 --seed 0    # a quick look
-    python acgan.py --resume                   # go on after an interruption
+    python acgan.py --resume                   # continue after an interruption
     tensorboard --logdir logs                  # watch the curves
 
 Measured: 11.5 batches/s on 2 CPU cores, so 200 epochs in 4.5 hours, 3.1 times as fast as the tutorial's loop; the first
-20 batches' losses within 1.2e-6 of what the tutorial's script printed. README.md says how.
+20 batches' losses are within 1.2e-6 of what the tutorial's script printed. README.md says how.
 """
 
 import argparse
+import copy
 import math
-import signal
 import sys
 import zlib
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below: no traceback
+    import early_interrupt  # noqa: F401
 
-import numpy as np
 import torch
 
-from averaging import RunningAverage
-from batches import batches_of
-from checkpoint import (
-    CONTINUED,
-    MATHEMATICS,
-    NEWEST,
-    Checkpoints,
-    begun_by_this_torchrun,
-    check_nothing_unfinished,
-    describe_last,
-    read_checkpoint,
-    restore,
-)
-from command_line import SEED, WHOLE, OneLineParser, device_flag, exit_status, flag, number, tell_error
-from dataset import MANY, NAMES, LabelledImages, load_dataset, workers_for
-from epoch_scores import EpochScores
-from generate import draw_images
-from judge import WEIGHTS as JUDGE
-from models import Discriminator, Generator, weights_init_normal
-from processes import Processes
-from run_folder import check_out_dir, check_records, earlier_log_dir, same_folder
-from runlog import RunLog, SilentLog
-from speed import accelerate, tune_process
-from utils import (
-    BadInput,
-    Diverged,
-    StopRequest,
-    announce,
-    choose_device,
-    draw_seed,
-    on_terminal,
-    seed_everything,
-)
+from cli import COUNT, IMG_SIZE, SEED, OneLineParser, add_device_flag, number, report_error, run_command
+from data import NAMES, LabelledImages, check_data_root, load_dataset
+from data.batches import Batches
+from drawing import draw_images, draw_labels, draw_noise, fixed_noise, sample_image
+from evaluation.scorecard import EpochScorer
+from models import Discriminator, Generator, update_ema, weights_init_normal
+from training.checkpoint import NEWEST, Checkpoints, check_nothing_unfinished, describe_last, read_checkpoint, restore
+from training.distributed import LostRank, Ranks, was_restarted
+from training.record import RunRecord, SilentRecord
+from training.run_folder import check_out_dir
+from training.speed import accelerate, choose_compile, tune_process
+from utils import BadInput, Diverged, StopRequest, announce, choose_device, draw_seed, nearest_folder, seed_everything
 
-HERE = Path(__file__).resolve().parent
+# fmt: off
+# Options that change what is computed: a resumed run must have the checkpoint's.
+MATHEMATICS = ("seed", "batch_size", "lr", "b1", "b2", "latent_dim", "n_classes", "img_size", "channels", "amp",
+               "dataset")
+# Options that a resumed run takes from the checkpoint unless they are given.
+CONTINUED = ("n_epochs", "sample_interval", "log_interval", "checkpoint_interval", "eval_interval", "judge", "ema",
+             "compile", "n_cpu")
+# fmt: on
 
 
 def train_step(generator, discriminator, optimizer_G, optimizer_D, real_imgs, labels, z, gen_labels):
@@ -69,8 +54,8 @@ def train_step(generator, discriminator, optimizer_G, optimizer_D, real_imgs, la
         z, gen_labels: noise, float32 (B, latent_dim), and the classes to draw, int64 (B,).
 
     Returns:
-        0-d tensors on the training device: each loss with its parts, and how many of the B real and of the B
-        fake images D classified right, before its update.
+        0-d float tensors on the training device, which are recorded under these names: the losses and their parts, and
+        the share of classes that D gets right before its update.
     """
     adversarial_loss = torch.nn.BCELoss()
     auxiliary_loss = torch.nn.CrossEntropyLoss()  # takes logits, but gets probabilities: the tutorial's softmax twice
@@ -106,407 +91,223 @@ def train_step(generator, discriminator, optimizer_G, optimizer_D, real_imgs, la
     g_loss.backward()
     optimizer_G.step()
 
-    metrics = {
-        "d_loss": d_loss,
-        "d_real_adv": d_real_adv,
-        "d_real_aux": d_real_aux,
-        "d_fake_adv": d_fake_adv,
-        "d_fake_aux": d_fake_aux,
-        "g_loss": g_loss,
-        "g_adv": g_adv,
-        "g_aux": g_aux,
-        "real_correct": (real_aux.argmax(1) == labels).sum(),
-        "fake_correct": (fake_aux.argmax(1) == gen_labels).sum(),
-    }
+    d_acc_real = (real_aux.argmax(1) == labels).float().mean()
+    d_acc_fake = (fake_aux.argmax(1) == gen_labels).float().mean()
+    metrics = dict(
+        d_loss=d_loss, d_real_adv=d_real_adv, d_real_aux=d_real_aux, d_fake_adv=d_fake_adv, d_fake_aux=d_fake_aux,
+        g_loss=g_loss, g_adv=g_adv, g_aux=g_aux,
+        d_acc=(d_acc_real + d_acc_fake) / 2, d_acc_real=d_acc_real, d_acc_fake=d_acc_fake,
+    )  # fmt: skip
     return {name: value.detach() for name, value in metrics.items()}
 
 
-def draw_noise(n: int, latent_dim: int, device: torch.device) -> torch.Tensor:
-    """z ~ N(0, 1), float32 (n, latent_dim): from NumPy's stream on the CPU, as the tutorial, else on the device."""
-    if device.type == "cpu":
-        return torch.from_numpy(np.random.normal(0, 1, (n, latent_dim))).float()
-    return torch.randn(n, latent_dim, device=device)
-
-
-def draw_labels(n: int, n_classes: int, device: torch.device) -> torch.Tensor:
-    """Classes to draw, uniform in [0, n_classes), int64 (n,); from the same source as the noise."""
-    if device.type == "cpu":
-        return torch.from_numpy(np.random.randint(0, n_classes, n)).long()
-    return torch.randint(n_classes, (n,), device=device)
-
-
-@torch.no_grad()
-def sample_image(generator, n_classes: int, latent_dim: int, device) -> torch.Tensor:
-    """Draw 10 rows of every class, one column a class: float32 (10 * n_classes, C, H, W) in [-1, 1].
-
-    G stays in train mode, so drawing uses the batch's statistics and moves the running ones: a quirk, kept.
-    """
-    z = draw_noise(10 * n_classes, latent_dim, device)
-    labels = torch.arange(n_classes, device=device).repeat(10)
-    return generator(z, labels)
-
-
-def fixed_noise(n_classes: int, latent_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """z and labels of a grid laid out as sample_image's, the same in every run; draws from neither random stream."""
-    z = torch.randn(10 * n_classes, latent_dim, generator=torch.Generator().manual_seed(0))
-    return z, torch.arange(n_classes).repeat(10)
-
-
-def train(
-    opt: argparse.Namespace,
-    processes: Processes,
-    data: LabelledImages,
-    checkpoint: dict | None = None,
-) -> int:
-    """Run the whole training in the tutorial's order of events, which fixes the random stream.
-
-    Args:
-        opt: the options of parse_args.
-        processes: this process among those that train together; often it is alone.
-        data: the training set.
-        checkpoint: of read_checkpoint, to go on from; `opt` must have its options.
-
-    Returns:
-        The exit status: 0, or 128 + the number of the signal that stopped the run.
-
-    Raises:
-        Diverged: a loss is no longer finite.
-        BadInput: the checkpoint does not fit or leaves nothing to do, or another run writes to the folder.
-        OSError: the checkpoint or the weights could not be written at the end.
-    """
-    seed_everything(opt.seed)
-    generator = Generator(opt.n_classes, opt.latent_dim, opt.img_size, opt.channels, opt.upsample == "folded")
+def build_networks(opt: argparse.Namespace, device: torch.device):
+    """Return G, D and the inputs of their graphs, drawn in the tutorial's order, which fixes the random stream."""
+    generator = Generator(opt.n_classes, opt.latent_dim, opt.img_size, opt.channels)
     discriminator = Discriminator(opt.n_classes, opt.img_size, opt.channels)
-    generator.classes = discriminator.classes = data.classes
-    device = processes.device
-    batches = batches_of(data.images, data.labels, opt.batch_size, device, workers_for(opt.n_cpu), **processes.shard())
-    steps, max_steps = batches_done_and_wanted(opt, batches, checkpoint)
-
-    # what the tutorial draws here for the graphs, labels first
-    graph_label, graph_z = torch.randint(opt.n_classes, (1,)), torch.randn(1, opt.latent_dim)
-    graph_img = torch.randn(1, opt.channels, opt.img_size, opt.img_size)
-
+    generator.classes = discriminator.classes = opt.classes
+    labels, z = torch.randint(opt.n_classes, (1,)), torch.randn(1, opt.latent_dim)  # labels first
+    img = torch.randn(1, opt.channels, opt.img_size, opt.img_size)
     generator.apply(weights_init_normal).to(device)
     discriminator.apply(weights_init_normal).to(device)
-    if opt.sync_bn == "on":
-        processes.synchronise_norms(generator, discriminator)
+    return generator, discriminator, (z.to(device), labels.to(device), img.to(device))
+
+
+def train(opt: argparse.Namespace, ranks: Ranks, batches: Batches, scorer: EpochScorer, checkpoint: dict | None) -> int:
+    """Run the training, or the rest of it after `checkpoint`, up to batch `opt.total_steps`.
+
+    Returns the exit status: 0, or 128 + the number of the signal that stopped it. Raises Diverged, LostRank, BadInput
+    if the checkpoint does not fit, and OSError if the last checkpoint or the weights cannot be written.
+    """
+    seed_everything(opt.seed)
+    device = ranks.device
+    generator, discriminator, graph_inputs = build_networks(opt, device)
     # capturable: the step counts stay on the GPU, as a CUDA graph needs them
     adam = dict(lr=opt.lr, betas=(opt.b1, opt.b2), fused=True, capturable=device.type == "cuda")
     optimizer_G = torch.optim.Adam(generator.parameters(), **adam)
     optimizer_D = torch.optim.Adam(discriminator.parameters(), **adam)
-
-    averaged = RunningAverage(generator, opt.ema)
+    ema = copy.deepcopy(generator)
     parts = dict(generator=generator, discriminator=discriminator, optimizer_G=optimizer_G, optimizer_D=optimizer_D,
-                 batches=batches, averaged=averaged)  # fmt: skip
-    if checkpoint:
-        restore(checkpoint, device, **parts)
-    networks = processes.wrap(generator, discriminator)
+                 batches=batches, ema=ema)  # fmt: skip
+    step = restore(checkpoint, parts, device) if checkpoint else 0
 
-    fixed_z = fixed_noise(opt.n_classes, opt.latent_dim)
-    eval_interval = opt.eval_interval if processes.first else None
-    scores = EpochScores(eval_interval, opt.judge, averaged.network, discriminator, data, len(batches))
-    options = options_as_data(opt)
-    settings = {"options": options, "seed": opt.seed, "device": str(device), "classes": data.classes}
-    record = (opt.out_dir, settings, len(batches), opt.n_epochs, max_steps, opt.log_interval, checkpoint)
-    saving = (opt.out_dir, opt.checkpoint_interval, options, summary(data), device)
-    with (
-        StopRequest() as stop,
-        RunLog(*record) if processes.first else SilentLog() as log,
-        Checkpoints(*saving, log, processes.first, **parts) as checkpoints,
-    ):
-        if not checkpoint:
-            log.graphs(generator, discriminator, graph_z.to(device), graph_label.to(device), graph_img.to(device))
-        elif checkpoint["file"] != opt.out_dir / NEWEST:
-            checkpoints.save(steps, rotate=False)  # the record was cut back to it, so it is the newest now
-        scores.begin(log, steps)
+    def train_batch(generator, discriminator, indices):
+        real_imgs, labels = batches.gather(indices)
+        z = draw_noise(len(indices), opt.latent_dim, device)
+        gen_labels = draw_labels(len(indices), opt.n_classes, device)
+        return train_step(generator, discriminator, optimizer_G, optimizer_D, real_imgs, labels, z, gen_labels)
 
-        def train_batch(generator, discriminator, indices):
-            real_imgs, real_labels = batches.gather(indices)
-            z = draw_noise(len(indices), opt.latent_dim, device)
-            gen_labels = draw_labels(len(indices), opt.n_classes, device)
-            return train_step(generator, discriminator, optimizer_G, optimizer_D, real_imgs, real_labels, z, gen_labels)
+    networks = ranks.wrap(generator, discriminator)
+    fast_batch = accelerate(train_batch, *networks, opt.batch_size, opt.compile, opt.amp, batches.in_memory)
+    fixed_z, fixed_labels = fixed_noise(opt.n_classes, opt.latent_dim)
 
-        capture = opt.cuda_graph == "on" and batches.in_memory
-        train_batch = accelerate(
-            train_batch, *networks, opt.batch_size, max_steps - steps, opt.compile, opt.amp, capture
-        )
+    Record = SilentRecord if ranks.rank else RunRecord
+    with StopRequest() as stop, Record(opt, device, len(batches), step) as record:
+        checkpoints = Checkpoints(opt, device, record, parts)
+        record.graph(generator, discriminator, *graph_inputs)
+        for epoch in range(step // len(batches), opt.n_epochs):
+            for indices in record.progress(epoch, batches):
+                ranks.reseed(opt.seed, step)
+                metrics = fast_batch(indices)
+                update_ema(ema, generator, opt.ema, step + 1)
 
-        for epoch, indices in log.epochs(range(steps // len(batches), opt.n_epochs), batches):
-            processes.start_batch(opt.seed, steps)
-            metrics = train_batch(indices)
-
-            batches_done = steps  # the tutorial counts from 0
-            steps += 1
-            averaged.update(steps)
-            if batches_done % opt.sample_interval == 0:
-                grid = sample_image(generator, opt.n_classes, opt.latent_dim, device)
-                log.sample_grid("fake_image", grid, opt.n_classes, batches_done)
-                log.sample_grid("fixed_z", draw_images(generator, *fixed_z), opt.n_classes, batches_done)
-            log.batch(batches_done, metrics, len(indices))
-            if steps % len(batches) == 0:
-                log.end_epoch(batches_done, batches.gather(indices)[0], metrics, len(indices))
-                scores.after_epoch(epoch)
-            if processes.any(stop.requested) or steps == max_steps:
+                if step % opt.sample_interval == 0:
+                    fake_image = sample_image(generator, opt.n_classes, opt.latent_dim, device)
+                    record.grid("fake_image", fake_image, step)
+                    record.grid("fixed_z", draw_images(generator, fixed_z, fixed_labels), step)
+                record.batch(step, metrics)
+                step += 1
+                ended = ranks.any(stop.requested) or step == opt.total_steps
+                if batches.position == len(batches) or ended:
+                    record.end_epoch(step - 1, batches.gather(indices)[0], metrics)
+                scorer.if_due(step, record, ema, discriminator)
+                if ended:
+                    break
+                checkpoints.save_if_due(step)  # after the scores, or a kill between the two would lose them
+            if ended:
                 break
-            checkpoints.save_if_due(steps)
-
-        stop.take_your_time()  # the batch in hand has ended: a slow disk is no reason to lose the checkpoint
-        finish(checkpoints, log, generator, discriminator, averaged.network, steps, finished=steps == max_steps)
-        if steps == max_steps and steps % len(batches):  # a quick look ends within an epoch
-            log.end_epoch(batches_done, batches.gather(indices)[0], metrics, len(indices))
-
-    if steps < max_steps:
-        announce(f"Stopped by a signal after batch {batches_done}; --resume goes on from {opt.out_dir / NEWEST}")
-        return stop.exit_status
-    if on_terminal():
-        announce(f"Done: acgan_gen.pth and acgan_dist.pth are in {opt.out_dir.resolve()}")
-    return 0
-
-
-def batches_done_and_wanted(opt: argparse.Namespace, batches, checkpoint: dict | None) -> tuple[int, int]:
-    """How many batches the run has behind it, and after how many it ends. BadInput if there is nothing to do."""
-    if batches.smallest() == 0:
-        raise BadInput(
-            f"argument --data_root: {len(batches.labels)} images are fewer than the {batches.world} processes"
-        )
-    if opt.img_size == 16 and batches.smallest() == 1:
-        raise BadInput("argument --batch_size: at --img_size 16 the last batch must not be of one image")
-    steps = checkpoint["steps"] if checkpoint else 0
-    max_steps = min(opt.max_steps or math.inf, opt.n_epochs * len(batches))
-    if steps >= max_steps:
-        raised = "--n_epochs" if max_steps == opt.n_epochs * len(batches) else "--max_steps"
-        raise BadInput(f"argument --resume: the run has come to its end, {steps} batches; raise {raised} to go on")
-    return steps, max_steps
-
-
-def finish(checkpoints, log, generator, discriminator, averaged, steps: int, finished: bool) -> None:
-    """Write the checkpoint and the weights of the run's last batch; each is tried even if the other fails."""
-    try:
-        checkpoints.save(steps, finished)
-    except OSError:
-        log.save_weights(generator, discriminator, averaged)
-        raise
-    log.save_weights(generator, discriminator, averaged)
+        record.grid("fixed_z", draw_images(generator, fixed_z, fixed_labels), step - 1)
+        checkpoints.finish(step, finished=step == opt.total_steps)
+    return stop.exit_status if step < opt.total_steps else 0
 
 
 def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argparse.Namespace:
     """Read the command line; bad flags end the program with one line and exit status 2.
 
-    Args:
-        argv: the words after the script's name; None for the program's own.
-        saved: the options of a checkpoint to resume. They stand in for flags that are not given; a given flag
-            that would change the mathematics is an error.
+    `saved`, the options of a checkpoint to resume, replace the defaults and pass the same checks as typed ones.
     """
-    side = number(
-        int, "a multiple of 4 and at least 16, such as 28 or 32", lambda value: value >= 16 and value % 4 == 0
-    )
     rate = number(float, "a number above 0, such as 0.0002", lambda value: value > 0)
     beta = number(float, "a number in [0, 1), such as 0.5", lambda value: 0 <= value < 1)
-
     parser = OneLineParser(
-        prog="acgan.py",
-        description="Train an auxiliary-classifier GAN as the tutorial does, on MNIST or other images.",
-        allow_abbrev=False,
+        "acgan.py", "Train an auxiliary-classifier GAN as the tutorial does, on MNIST or your images."
     )
+    # fmt: off
+    add = parser.add_argument_group("training").add_argument
+    add("--n_epochs", type=COUNT, default=200, metavar="N", help="passes over the data")
+    add("--max_steps", type=COUNT, metavar="N", help="stop after N batches, for a quick look (default: no limit)")
+    add("--batch_size", type=COUNT, default=64, metavar="N", help="images a batch, on each rank of torchrun")
+    add("--lr", type=rate, default=0.0002, metavar="X", help="Adam: learning rate of both networks")
+    add("--b1", type=beta, default=0.5, metavar="X", help="Adam: decay of the gradient's mean, in [0, 1)")
+    add("--b2", type=beta, default=0.999, metavar="X", help="Adam: decay of the squared gradient's mean, in [0, 1)")
+    add("--ema", type=beta, default=0.9999, metavar="X",
+        help="decay of the EMA of G's weights, in [0, 1): kept beside G, it plays no part in the training")
+    add("--seed", type=SEED, metavar="N", help="seed of PyTorch and NumPy (default: one is drawn and printed)")
+    add = parser.add_argument_group("networks").add_argument
+    add("--latent_dim", type=COUNT, default=100, metavar="N", help="size of the noise z and of the label embedding")
+    add("--img_size", type=IMG_SIZE, default=32, metavar="N", help="image side, pixels: a multiple of 4, at least 16")
+    add("--n_classes", type=COUNT, metavar="N", help="classes, only as a check (default: those of the data)")
+    add("--channels", type=COUNT, metavar="N", help="image channels, only as a check (default: those of the data)")
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=NAMES, default="mnist",
+        help="images to learn; folder reads DATA_ROOT/CLASS/*.png and *.jpg, grey if all are, cropped to squares")
+    add("--data_root", type=Path, metavar="DIR", help="folder of your classes' folders, or of the files of a set "
+        "other than mnist, which is bundled (default: data/downloads beside acgan.py)")
+    add("--n_cpu", type=COUNT, default=8, metavar="N", help="workers, at most one a core, that decode a large folder")
+    add_device_flag(group := parser.add_argument_group("speed").add_mutually_exclusive_group())
+    group.add_argument("--cuda", dest="device", action="store_const", const="cuda", default="auto",
+                       help="the same as --device cuda; in the tutorial's script it turns the GPU off")
+    add = parser.add_argument_group("speed").add_argument
+    add("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile the networks; auto does so on "
+        "a CPU, on one rank, in runs long enough to win the time back")
+    add("--amp", choices=["off", "bf16"], default="off", help="bf16: compute in bfloat16 where safe, rounding more")
+    add = parser.add_argument_group("what a run writes").add_argument
+    add("--out_dir", type=Path, metavar="DIR", help="folder for all that a run writes (default: the current folder)")
+    add("--resume", nargs="?", const="", metavar="RUN", help="continue the run in folder RUN (default: --out_dir) with "
+        f"its options, of which only {', '.join(f'--{name}' for name in CONTINUED)} may differ")
+    add("--checkpoint_interval", type=COUNT, metavar="N",
+        help=f"batches between checkpoints (default: one every {Checkpoints.SECONDS} seconds)")
+    add("--sample_interval", type=COUNT, default=400, metavar="N", help="batches between sample grids")
+    add("--log_interval", type=COUNT, default=50, metavar="N", help="batches between rows of metrics.jsonl, and points")
+    add("--eval_interval", type=COUNT, metavar="N", help="epochs between scores of the EMA, of which the best is kept; "
+        "needs requirements-eval.txt (default: no scores)")
+    add("--judge", type=Path, metavar="FILE", help="judge for the scores, of train_judge.py (default: the bundled one)")
+    # fmt: on
 
-    group = parser.add_argument_group("training")
-    flag(group, "--n_epochs", WHOLE, 200, "passes over the data")
-    flag(group, "--max_steps", WHOLE, None, "stop after N batches, for a quick look", shown="no limit")
-    flag(group, "--batch_size", WHOLE, 64, "images a batch, in each process where torchrun starts several")
-    flag(group, "--lr", rate, 0.0002, "Adam: learning rate of both networks", "X")
-    flag(group, "--b1", beta, 0.5, "Adam: decay of the gradient's mean, in [0, 1)", "X")
-    flag(group, "--b2", beta, 0.999, "Adam: decay of the squared gradient's mean, in [0, 1)", "X")
-    flag(group, "--seed", SEED, None, "seed of PyTorch and NumPy", shown="one is drawn and printed")
-    flag(
-        group, "--ema", beta, 0.9999,
-        "decay of the running average of G's weights, in [0, 1): kept beside G in acgan_gen_ema.pth, it has no part in "
-        "the training", "X",
-    )  # fmt: skip
-    group = parser.add_argument_group("networks")
-    flag(group, "--latent_dim", WHOLE, 100, "size of the noise z and of the label embedding")
-    flag(group, "--n_classes", WHOLE, None, "classes: a check, as the data tells them", shown="the data's, 10 in MNIST")
-    flag(group, "--img_size", side, 32, "image side in pixels, a multiple of 4 and at least 16")
-    flag(
-        group, "--channels", WHOLE, None, "image channels: a check, as the data tells them",
-        shown="the data's, 1 in MNIST",
-    )  # fmt: skip
-    group.add_argument(
-        "--sync_bn", choices=["off", "on"], default="off",
-        help="with several GPUs: batch norm over all processes' batches, by SyncBatchNorm (default: %(default)s)",
-    )  # fmt: skip
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--dataset", choices=NAMES, default="mnist",
-        help="what to learn; folder reads DATA_ROOT/CLASS/*.png and *.jpg, grey if all of them are, else colour, "
-        "resized and cropped to squares, transparency laid on white; a damaged file is named and ends the run "
-        "(default: %(default)s)",
-    )  # fmt: skip
-    flag(
-        group, "--data_root", Path, HERE / "data" / "unpacked",
-        "folder of the unpacked images (MNIST: 120 MB, filled by the first run), or of the classes' folders",
-        "DIR", "data/unpacked beside acgan.py",
-    )  # fmt: skip
-    flag(
-        group, "--n_cpu", WHOLE, 8,
-        f"workers, at most one a core, that read a folder of {MANY:,} images or more, and go on reading where it does "
-        "not fit into memory; the other data sets stay in memory",
-    )  # fmt: skip
-    group = parser.add_argument_group("hardware").add_mutually_exclusive_group()
-    device_flag(group)
-    group.add_argument(
-        "--cuda", dest="device", action="store_const", const="cuda", default="auto",
-        help="the same as --device cuda (in the tutorial's script it turns the GPU off)",
-    )  # fmt: skip
-    group = parser.add_argument_group("speed")
-    group.add_argument(
-        "--compile", choices=["auto", "on", "off"], default="auto",
-        help="torch.compile the networks; auto does so on a CPU, in runs of one process long enough to win the time "
-        "back, and keeps it if it proves faster (default: %(default)s)",
-    )  # fmt: skip
-    group.add_argument(
-        "--cuda_graph", choices=["on", "off"], default="on",
-        help="record the whole batch once on an NVIDIA GPU, and replay it: without effect elsewhere, with several "
-        "processes, and for images read as training goes (default: %(default)s)",
-    )  # fmt: skip
-    group.add_argument(
-        "--amp", choices=["off", "bf16"], default="off",
-        help="bf16 computes the networks in bfloat16 where that is safe: other rounding (default: %(default)s)",
-    )  # fmt: skip
-    group.add_argument(
-        "--upsample", choices=["folded", "plain"], default="folded",
-        help="G's upsampling: folded into the convolution after it, or as the tutorial writes it, the same "
-        "function at 2.25 times the work (default: %(default)s)",
-    )  # fmt: skip
-    group = parser.add_argument_group("what a run writes")
-    flag(
-        group, "--out_dir", Path, Path(),
-        "folder for images/, logs/, weights, checkpoints, metrics.jsonl and config.json", "DIR", "the current folder",
-    )  # fmt: skip
-    flag(
-        group, "--checkpoint_interval", WHOLE, None, "batches between checkpoints",
-        shown=f"one every {Checkpoints.SECONDS} seconds",
-    )  # fmt: skip
-    group.add_argument(
-        "--resume", nargs="?", const="", metavar="PATH",
-        help="go on from a checkpoint, given by its file or folder (PATH's default: --out_dir), with its flags; of "
-        f"these only {', '.join(f'--{name}' for name in CONTINUED)} may have other values; --max_steps, --data_root, "
-        "--out_dir and --device are not kept (default: start anew)",
-    )  # fmt: skip
-    flag(
-        group, "--eval_interval", WHOLE, None,
-        "epochs between scores of G's running average (--ema): label agreement and FID, in TensorBoard and "
-        "metrics.jsonl; the best is kept in acgan_gen_best.pth, with its D. Needs requirements-eval.txt",
-        shown="no scores",
-    )  # fmt: skip
-    flag(
-        group, "--judge", Path, JUDGE, "classifier for --eval_interval, from judge.py", "FILE",
-        "the one that comes along",
-    )  # fmt: skip
-    flag(group, "--sample_interval", WHOLE, 400, "batches between sample grids")
-    flag(group, "--log_interval", WHOLE, 50, "batches between points of the per-batch curves and of metrics.jsonl")
     argv = sys.argv[1:] if argv is None else argv
     if saved is not None:
         given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(MATHEMATICS)))
-        differing = [
-            f"--{name} {saved[name]}, not {getattr(given, name)}"
-            for name in MATHEMATICS
-            if getattr(given, name) not in (None, saved[name])
+        typed = {name: getattr(given, name) for name in MATHEMATICS if getattr(given, name) is not None}
+        wrong = [
+            f"--{name} {saved.get(name)}, not {value}" for name, value in typed.items() if value != saved.get(name)
         ]
-        if differing:
-            parser.error(f"argument --resume: the checkpoint has {'; '.join(differing)}: drop these flags to go on")
-        argv = [f"--{name}={saved[name]}" for name in MATHEMATICS + CONTINUED if saved.get(name) is not None] + argv
+        if wrong:
+            parser.error(f"argument --resume: the checkpoint has {'; '.join(wrong)}: drop these flags to continue")
+        kept = {name: saved.get(name) for name in MATHEMATICS + CONTINUED}
+        argv = [f"--{name}={value}" for name, value in kept.items() if value is not None] + argv
     opt = parser.parse_args(argv)
-    opt.judge = opt.judge.absolute()  # a resumed run may start in another folder
-    if saved is not None and opt.sample_interval != saved.get("sample_interval"):
-        announce("Another --sample_interval draws other noise: the run goes on, but not to the last bit.")
-
-    if opt.img_size == 16 and opt.batch_size == 1:
-        parser.error("argument --batch_size: at --img_size 16, D's batch norm needs at least 2 images a batch")
+    if opt.resume and opt.out_dir not in (None, Path(opt.resume)):
+        parser.error(f"argument --resume: a run continues in its own folder, {opt.resume!r}: drop --out_dir")
+    opt.out_dir = Path(opt.resume or opt.out_dir or ".")
+    opt.judge = opt.judge and opt.judge.absolute()  # a resumed run may start in another folder
     return opt
 
 
-def summary(data: LabelledImages) -> dict:
-    """What a checkpoint says of its data."""
-    return {
-        "classes": data.classes,
-        "images": len(data.labels),
-        "crc32_of_labels": zlib.crc32(data.labels.numpy().tobytes()),
-    }
+def check_data(opt: argparse.Namespace, data: LabelledImages, batches: Batches, checkpoint: dict | None) -> None:
+    """Add to the options what follows from the data: classes, channels, a checksum, the run's number of batches.
 
-
-def check_against_data(opt: argparse.Namespace, data: LabelledImages, checkpoint: dict | None) -> None:
-    """Take channels and number of classes from the data. BadInput if those given, or resumed with, are others."""
-    if checkpoint and not (checkpoint["data"] or {}).items() <= summary(data).items():
-        raise BadInput("argument --resume: the checkpoint is of other classes or another number of images: "
-                       "name its own --data_root")  # fmt: skip
-    for name, found in [("n_classes", len(data.classes)), ("channels", data.images.shape[1])]:
-        given = getattr(opt, name)
-        if given not in (None, found):
-            raise BadInput(f"argument --{name}: the data ({opt.dataset}) has {found}, not {given}")
-        setattr(opt, name, found)
-
-
-def options_as_data(opt: argparse.Namespace) -> dict:
-    """The options as JSON can hold them."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(opt).items()}
-
-
-def start(opt: argparse.Namespace, argv: list[str] | None) -> int:
-    """Do what `opt`, from parse_args(argv), asks for: look at everything first, then train. Returns the exit status.
-
-    Raises:
-        BadInput, MemoryError, OSError: as command_line.exit_status tells them.
+    Raises BadInput if they differ from those asked for or those of the checkpoint, or if no batch is left to do.
     """
-    if opt.resume is None and begun_by_this_torchrun(opt.out_dir):
-        opt.resume = ""  # a process was lost, and all were started anew
+    opt.classes, opt.n_images = data.classes, len(data.labels)
+    opt.labels_crc32 = zlib.crc32(data.labels.numpy().tobytes())
+    if checkpoint and any(checkpoint["options"][k] != getattr(opt, k) for k in ("classes", "n_images", "labels_crc32")):
+        raise BadInput("argument --resume: the checkpoint is from other images: name its own --data_root")
+    for name, found in [("n_classes", len(data.classes)), ("channels", data.images.shape[1])]:
+        if getattr(opt, name) not in (None, found):
+            raise BadInput(f"argument --{name}: {opt.dataset} has {found}, not {getattr(opt, name)}: drop the flag")
+        setattr(opt, name, found)
+    batches.check(opt.img_size)
+    opt.total_steps = min(opt.max_steps or math.inf, opt.n_epochs * len(batches))
+    if checkpoint and checkpoint["step"] >= opt.total_steps:
+        raise BadInput(f"argument --resume: {checkpoint['step']:,} batches are done: raise --n_epochs or --max_steps")
+
+
+def start(argv: list[str] | None) -> int:
+    """Check everything first, then train. Returns the exit status; raises what cli.run_command explains."""
+    opt = parse_args(argv)
     checkpoint = None
-    if opt.resume is not None:
-        checkpoint = read_checkpoint(Path(opt.resume) if opt.resume else opt.out_dir)
-        check_records(checkpoint["log"])
+    if opt.resume is not None or (was_restarted() and (opt.out_dir / NEWEST).exists()):
+        checkpoint = read_checkpoint(opt.out_dir)
         opt = parse_args(argv, checkpoint["options"])
+    check_data_root(opt.dataset, opt.data_root)
     device, why = choose_device(opt.device)
-    tune_process(device)
-    processes = Processes(device)
-    opt.processes = processes.world
-    if checkpoint and checkpoint["options"]["processes"] != processes.world:
-        raise BadInput(f"argument --resume: the checkpoint is of {checkpoint['options']['processes']} processes, "
-                       f"not of {processes.world}: start as many")  # fmt: skip
-    if opt.compile == "on" and processes.world > 1:
-        raise BadInput("argument --compile: on works in one process only; drop it")
+    tune_process(device, checkpoint["options"].get("threads") if checkpoint else None)
+    ranks = Ranks(device)
+    opt.world_size, opt.threads = ranks.world_size, torch.get_num_threads()
+    if checkpoint and checkpoint["options"]["world_size"] != opt.world_size:
+        raise BadInput(f"argument --resume: the run has {checkpoint['options']['world_size']} ranks, not "
+                       f"{opt.world_size}: start as many with torchrun")  # fmt: skip
+    if opt.compile == "on" and opt.world_size > 1:
+        raise BadInput("argument --compile: on works on one rank only: drop it")
     check_out_dir(opt.out_dir)
-    if not checkpoint or not same_folder(checkpoint["file"].parent, opt.out_dir):
-        earlier_log_dir(opt.out_dir)  # raises where the folder is somebody else's
+    if not checkpoint:
         check_nothing_unfinished(opt.out_dir)
-    if why:
-        announce(why)
+    if opt.seed is None:
+        opt.seed = ranks.broadcast(draw_seed())
+        announce(f"Seed: {opt.seed}; --seed {opt.seed} repeats this run.")
     try:
-        if opt.seed is None:
-            opt.seed = processes.from_first(draw_seed())
-            announce(f"Seed: {opt.seed}; --seed {opt.seed} repeats this run.")
-        data = processes.first_goes_first(
-            lambda: load_dataset(opt.dataset, opt.data_root, opt.img_size, workers=workers_for(opt.n_cpu))
-        )
-        check_against_data(opt, data, checkpoint)
-        status = train(opt, processes, data, checkpoint)
-    except Diverged as error:
-        tell_error("acgan.py", f"{error}; {describe_last(opt.out_dir)}")
+        with ranks.rank_0_first():  # it alone downloads
+            data = load_dataset(opt.dataset, opt.data_root, opt.img_size, opt.n_cpu, nearest_folder(opt.out_dir))
+        batches = Batches(data, opt.batch_size, ranks.device, ranks)
+        check_data(opt, data, batches, checkpoint)
+        opt.compile = choose_compile(opt.compile, ranks.device, ranks.world_size, opt.total_steps)
+        interval = opt.eval_interval * len(batches) if opt.eval_interval and not ranks.rank else None
+        scorer = EpochScorer(interval, opt.judge, data, ranks.device)
+        announce(why or f"Device: {device}.")
+        announce(f"Data: {opt.dataset}, {opt.n_images:,} images of {opt.n_classes} classes.")
+        if checkpoint:
+            announce(f"Resuming after batch {checkpoint['step']:,} of {opt.total_steps:,}.")
+        status = train(opt, ranks, batches, scorer, checkpoint)
+    except (Diverged, LostRank) as error:
+        report_error("acgan.py", f"{error}; {describe_last(opt.out_dir)}")
         return 1
-    except RuntimeError as error:
-        if not processes.lost_one(error):
-            raise
-        tell_error("acgan.py", f"another process of this run was lost; {describe_last(opt.out_dir)}")
-        return 1
-    processes.close()
+    ranks.close()
     return status
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: returns the exit status, as command_line.exit_status, or 1 if training diverged."""
-    opt = parse_args(argv)
-    return exit_status(
-        "acgan.py", lambda: start(opt, argv), too_large="lower --batch_size, --img_size or --latent_dim",
-        stopped="Stopped at once; only what the last checkpoint holds is kept.",
-    )  # fmt: skip
+    """Run the command line and return its exit status: that of cli.run_command, or 1 if the training failed."""
+    too_large = "lower --batch_size, --img_size or --latent_dim"
+    return run_command("acgan.py", lambda: start(argv), too_large, stopped="what the last checkpoint holds is kept")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""The two networks of the ACGAN, their weight initialisation, and their weight files.
+"""The two networks of the ACGAN, their initialisation, the EMA of G, and weight files.
 
 Odena, Olah, Shlens: "Conditional Image Synthesis with Auxiliary Classifier GANs", 2016, arXiv:1610.09585.
 Layers, sizes and parameter names are those of the tutorial (GAN Step By Step, Step 5).
 """
 
-import io
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from utils import load_data, whole_file
+from utils import BadInput, atomic_write, load_data
 
 
 class UpsampleConv2d(nn.Conv2d):
@@ -25,20 +25,13 @@ class UpsampleConv2d(nn.Conv2d):
     which is a transposed convolution with stride 2, padding 1 and the kernel (w2, w1+w2, w0+w1, w0). With the same
     along the other axis: 16 multiplications for 4 pixels instead of 36, borders included. The parameters are
     those of the plain 3x3 convolution, under the same names.
-
-    Args:
-        in_channels, out_channels: as of Conv2d.
-        folded: False computes the plain pair instead, for comparison.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, folded: bool = True):
+    def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, 3, stride=1, padding=1)
-        self.folded = folded
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Float (B, in_channels, h, w) to (B, out_channels, 2h, 2w)."""
-        if not self.folded:
-            return super().forward(F.interpolate(x, scale_factor=2))
         weight = self.weight.transpose(0, 1)  # (in, out, 3, 3), as conv_transpose2d wants it
         for axis in (2, 3):
             w0, w1, w2 = weight.unbind(axis)
@@ -54,25 +47,16 @@ class Generator(nn.Module):
         latent_dim: length of z and of the label embedding, at least 1.
         img_size: image side in pixels; a multiple of 4, at least 16.
         channels: image channels, at least 1.
-        folded: compute each upsampling and its convolution in one (the same function, 2.25 times fewer
-            multiplications); False computes the tutorial's plain pair. Not part of the weights.
 
     Raises:
         ValueError: a size is out of the ranges above.
     """
 
-    def __init__(
-        self,
-        n_classes: int = 10,
-        latent_dim: int = 100,
-        img_size: int = 32,
-        channels: int = 1,
-        folded: bool = True,
-    ):
+    def __init__(self, n_classes: int = 10, latent_dim: int = 100, img_size: int = 32, channels: int = 1):
         super().__init__()
         check_sizes(n_classes=n_classes, latent_dim=latent_dim, img_size=img_size, channels=channels)
         self.config = dict(n_classes=n_classes, latent_dim=latent_dim, img_size=img_size, channels=channels)
-        self.classes = [str(label) for label in range(n_classes)]  # names; the data set's are put here
+        self.classes = [str(label) for label in range(n_classes)]  # the data set's names replace these
 
         self.label_emb = nn.Embedding(n_classes, latent_dim)
         self.init_size = img_size // 4  # side of the first feature map; two upsamplings follow
@@ -81,12 +65,12 @@ class Generator(nn.Module):
         # BatchNorm2d(n, 0.8) sets eps, where momentum was meant: a quirk of the tutorial, kept.
         self.conv_blocks = nn.Sequential(  #            (B, 128, s/4, s/4), s = img_size
             nn.BatchNorm2d(128),
-            nn.Identity(),  # the tutorial's Upsample, done in the next layer; it keeps the parameters' numbers
-            UpsampleConv2d(128, 128, folded),  #        (B, 128, s/2, s/2)
+            nn.Identity(),  # the tutorial's Upsample, part of the next layer; keeps the parameters' names
+            UpsampleConv2d(128, 128),  #                (B, 128, s/2, s/2)
             nn.BatchNorm2d(128, 0.8),
             nn.LeakyReLU(0.2, inplace=True),
             nn.Identity(),  # likewise
-            UpsampleConv2d(128, 64, folded),  #         (B, 64, s, s)
+            UpsampleConv2d(128, 64),  #                 (B, 64, s, s)
             nn.BatchNorm2d(64, 0.8),
             nn.LeakyReLU(0.2, inplace=True),
             nn.Conv2d(64, channels, 3, stride=1, padding=1),  # (B, channels, s, s)
@@ -106,7 +90,7 @@ class Generator(nn.Module):
         return self.decode(torch.mul(self.label_emb(labels), noise))
 
     def decode(self, gen_input: torch.Tensor) -> torch.Tensor:
-        """Images of embedded labels times noise, float32 (B, latent_dim); shapes as of forward."""
+        """Draw images from embedded labels times noise, float32 (B, latent_dim); returns what forward does."""
         out = self.l1(gen_input)
         out = out.view(out.shape[0], 128, self.init_size, self.init_size)
         return self.conv_blocks(out)
@@ -128,7 +112,7 @@ class Discriminator(nn.Module):
         super().__init__()
         check_sizes(n_classes=n_classes, img_size=img_size, channels=channels)
         self.config = dict(n_classes=n_classes, img_size=img_size, channels=channels)
-        self.classes = [str(label) for label in range(n_classes)]  # names; the data set's are put here
+        self.classes = [str(label) for label in range(n_classes)]  # the data set's names replace these
 
         def discriminator_block(in_filters, out_filters, bn=True):
             """One halving of the image: (B, in, s, s) to (B, out, ceil(s/2), ceil(s/2))."""
@@ -180,9 +164,9 @@ def check_sizes(**sizes: int) -> None:
 
 
 def weights_init_normal(module: nn.Module) -> None:
-    """Re-initialise one layer in place, as DCGAN does; for `network.apply` (spec of the tutorial, step 3).
+    """Re-initialise one layer in place, as DCGAN does; for `network.apply`.
 
-    Convolution weights become N(0, 0.02); batch-norm weights N(1, 0.02) and biases 0. Others stay.
+    Convolution weights become N(0, 0.02), batch-norm weights N(1, 0.02) and their biases 0. Other layers stay.
     """
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
@@ -191,51 +175,76 @@ def weights_init_normal(module: nn.Module) -> None:
         nn.init.constant_(module.bias, 0.0)
 
 
-def pack_network(network: nn.Module) -> dict:
-    """What a weight file holds: the network's name and sizes, the classes' names, the state dict on the CPU."""
-    return {
+@torch.no_grad()
+def update_ema(ema: Generator, generator: Generator, decay: float, steps: int) -> None:
+    """Move the EMA of G's weights and batch-norm statistics towards G as it is after `steps` batches.
+
+    At a constant learning rate G's weights circle around a good place, and their average lies nearer to it:
+    Yazici et al., "The Unusual Effectiveness of Averaging in GAN Training", arXiv:1806.04498.
+
+    Args:
+        ema: the average, a copy of G at the start.
+        generator: the G that trains; only read.
+        decay: in [0, 1). The average reaches back about 1 / (1 - decay) batches, at most a quarter of the run so
+            far. 0 keeps it equal to G.
+        steps: batches done, at least 1.
+    """
+
+    def floats(network):
+        return [tensor for tensor in (*network.parameters(), *network.buffers()) if tensor.is_floating_point()]
+
+    get_ema_multi_avg_fn(min(decay, steps / (steps + 4)))(floats(ema), floats(generator), None)
+
+
+def save_network(path: Path, network: nn.Module, **more) -> None:
+    """Write a weight file: the network's name and sizes, its classes' names, and its state dict.
+
+    Args:
+        path: the file.
+        network: a Generator, Discriminator or Judge.
+        more: plain data to keep beside it.
+
+    Raises:
+        OSError: the file cannot be written; it keeps what it held.
+    """
+    packed = {
         "network": type(network).__name__,
         "config": dict(network.config),
         "classes": list(network.classes),
         "state_dict": {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()},
     }
-
-
-def write_weights(path: Path, packed: dict) -> None:
-    """Write what pack_network returned, with whatever data was added to it. Raises OSError."""
-    buffer = io.BytesIO()  # so that a full disk shows as OSError, not as an error of the zip writer
-    torch.save(packed, buffer)
-    with whole_file(path) as file:
-        file.write(buffer.getbuffer())
+    atomic_write(path, lambda file: torch.save(packed | more, file))
 
 
 def load_network(path, device="cpu", kinds=(Generator, Discriminator)) -> nn.Module:
-    """Rebuild a network from the file that a training wrote: `G = load_network("acgan_gen.pth")`.
+    """Rebuild a network from a weight file: `G = load_network("acgan_gen.pth")`.
 
-    The file is read as data (`weights_only=True`), never run as code. The network comes in train mode,
-    in which the tutorial draws its samples; call `.eval()` for running statistics.
+    The file is read as data (`weights_only=True`), never run as code. The network is in train mode, in which the
+    tutorial draws its samples; call `.eval()` to use the running statistics.
 
     Args:
         path: the file.
-        device: where the network is wanted.
+        device: where to put the network.
         kinds: the classes that it may be of.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: the file is damaged, or holds no network of these kinds.
+        BadInput: the file cannot be read, is corrupt, or holds no network of these kinds.
     """
-    kinds = {kind.__name__: kind for kind in kinds}
+    names = {kind.__name__: kind for kind in kinds}
     try:
         packed = load_data(path)
-        with torch.random.fork_rng(devices=[]):  # the weights that it is born with are drawn, and then replaced
-            network = kinds[packed["network"]](**packed["config"])
+        with torch.random.fork_rng(devices=[]):  # the constructor draws weights, which are then replaced
+            network = names[packed["network"]](**packed["config"])
         network.load_state_dict(packed["state_dict"])
         for name, tensor in network.state_dict().items():
             if not torch.isfinite(tensor).all() or (name.endswith("running_var") and tensor.min() < 0):
                 raise ValueError("a number in it is not finite, or a variance is negative")
         network.classes = [str(name) for name in packed.get("classes", network.classes)]
         if len(network.classes) != network.config["n_classes"]:
-            raise ValueError("a name for each class is wanted")
+            raise ValueError("each class needs a name")
+    except OSError as error:
+        raise BadInput(f"cannot read {str(path)!r} ({error.strerror or error}): name a weight file") from error
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged, or is no {' or '.join(kinds)} that this project wrote") from error
+        kinds = " or ".join(names)
+        raise BadInput(f"{str(path)!r} is corrupt, or is not a {kinds} of this project: name another file") from error
     return network.to(device)

@@ -1,11 +1,13 @@
-"""What surrounds a run: clear errors, seeds, the choice of device, whole files, and stopping on a signal."""
+"""What every command needs: errors, messages, seeds, the device, atomic writes and stop requests."""
 
 import contextlib
+import io
 import os
 import random
 import signal
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -13,31 +15,38 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+PART_FILE = ".acgan-{pid}.part"  # the name of a file that is still being written
+
 
 class BadInput(Exception):
-    """Something only the person at the keyboard can mend; its one line says what is wrong and what to do."""
+    """Something that only the user can correct: one line says what is wrong and what to do."""
 
 
 class Diverged(Exception):
-    """A number that training stands on is no longer finite; its line names the batch."""
+    """The losses or the networks are no longer finite; the line names the batch."""
 
 
-def on_terminal() -> bool:
-    """True if a person watches: both outputs are terminals. Piped runs stay quiet."""
-    return sys.stdout.isatty() and sys.stderr.isatty()
+class Stopped(KeyboardInterrupt):
+    """A signal ends the command at once; `exit_status` is 128 + its number, as a shell expects."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.exit_status = 128 + number
 
 
-def process_number() -> int:
-    """This process's number among those that torchrun started; 0 if it is alone."""
+def rank() -> int:
+    """Return the rank of this process among those of torchrun; 0 without torchrun."""
     return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
-def announce(line: str) -> None:
-    """Tell the person one thing, on stderr, so that stdout keeps to its one line an epoch.
+def on_terminal() -> bool:
+    """Return True if both outputs are terminals. A piped run shows no bars."""
+    return sys.stdout.isatty() and sys.stderr.isatty()
 
-    Of several processes that torchrun started, only the first one speaks.
-    """
-    if process_number():
+
+def announce(line: str) -> None:
+    """Write one line for the user to stderr; of several ranks, only rank 0 does."""
+    if rank():
         return
     if on_terminal():
         tqdm.write(line, file=sys.stderr)  # above the bar, not into it
@@ -46,7 +55,7 @@ def announce(line: str) -> None:
 
 
 def print_line(line: str, stream=None) -> None:
-    """Print to stdout, or to `stream`, at once. A reader that has gone away, or a full disk, ends no training."""
+    """Print to stdout, or to `stream`, and flush. A closed pipe or a full disk does not end a run."""
     stream = sys.stdout if stream is None else stream
     try:
         print(line, file=stream, flush=True)
@@ -54,17 +63,17 @@ def print_line(line: str, stream=None) -> None:
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), stream.fileno())
     except OSError:
-        pass  # a full disk behind it: the line is lost, not the run
+        pass  # the line is lost, not the run
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """True if `error` is one of the ways in which NumPy and PyTorch say that memory does not suffice."""
+    """Return True if NumPy or PyTorch raised `error` because memory does not suffice."""
     words = ("can't allocate memory", "Storage size calculation overflowed", "out of memory")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def draw_seed() -> int:
-    """A fresh seed in [0, 2**32), the range that NumPy accepts."""
+    """Return a random seed in [0, 2**32), the range that NumPy accepts."""
     return random.SystemRandom().randrange(2**32)
 
 
@@ -75,16 +84,15 @@ def seed_everything(seed: int) -> None:
 
 
 def choose_device(name: str) -> tuple[torch.device, str]:
-    """Turn `--device` into a device and, for "auto", one line that says what was chosen and why.
+    """Turn `--device` into a device and, for "auto", a line that says which one it is and why.
 
     Args:
         name: "auto", "cpu", "cuda" or "mps".
 
     Raises:
-        BadInput: the named device is not on this machine.
+        BadInput: PyTorch does not find the named device.
     """
-    cuda = torch.cuda.is_available()
-    mps = torch.backends.mps.is_available()
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         if cuda:
             return torch.device("cuda"), f"Device: cuda ({torch.cuda.get_device_name()}), as PyTorch finds a GPU."
@@ -98,13 +106,23 @@ def choose_device(name: str) -> tuple[torch.device, str]:
     return torch.device(name), ""
 
 
+def as_data(opt) -> dict:
+    """Return the options of a command line as JSON can hold them."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(opt).items()}
+
+
+def nearest_folder(path: Path) -> Path:
+    """Return `path`, or the nearest folder above it that exists."""
+    path = path.absolute()
+    while not os.path.exists(path) and path != path.parent:
+        path = path.parent
+    return path
+
+
 def check_writable(flag: str, folder: Path) -> None:
-    """Raise BadInput unless `folder` exists or can be made, and files can be written there. Leaves no trace."""
-    existing = folder.absolute()
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    """Raise BadInput unless files can be written to `folder`, or it can be made. Leave no trace."""
     try:
-        tempfile.TemporaryFile(dir=existing).close()
+        tempfile.TemporaryFile(dir=nearest_folder(folder)).close()
     except OSError as error:
         raise BadInput(
             f"argument {flag}: cannot write to {str(folder)!r} ({error.strerror}); name a folder that you may write to"
@@ -116,7 +134,7 @@ def load_data(path: Path):
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is damaged, or holds more than data.
+        ValueError: it is corrupt, or holds more than data.
     """
     try:
         with zipfile.ZipFile(path) as archive:  # torch.save writes zip files, but torch.load skips their checksums
@@ -125,25 +143,30 @@ def load_data(path: Path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # the zip reader and the unpickler meet garbage with a dozen kinds
-        raise ValueError(f"{path} is damaged, or does not hold plain data") from error
+    except Exception as error:  # the zip reader and the unpickler raise a dozen kinds for garbage
+        raise ValueError(f"{path} is corrupt, or does not hold plain data") from error
 
 
-@contextlib.contextmanager
-def whole_file(path: Path):
-    """Open a binary file that appears under `path` only when the block ends well: never half a file.
+def atomic_write(path: Path, write) -> None:
+    """Write a whole file or none: to a temporary file beside it, flushed to the disk, then renamed.
 
-    Written beside its place, flushed to the disk, then renamed. A missing folder is made; a link is followed.
+    A missing folder is made. A link is followed.
+
+    Args:
+        path: the file.
+        write: called with a binary buffer, which it fills.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full; `path` keeps what it held.
     """
+    buffer = io.BytesIO()  # with a buffer, a full disk is an OSError and not an error of the zip writer
+    write(buffer)
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{os.getpid()}.part")  # two processes that write the same file do not meet
+    part = path.with_name(PART_FILE.format(pid=os.getpid()))  # two processes never share one
     try:
         with open(part, "wb") as file:
-            yield file
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -153,21 +176,8 @@ def whole_file(path: Path):
         raise
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal that ends the run where it stands; carries the exit status that a shell expects, 128 + its number."""
-
-    def __init__(self, number: int):
-        super().__init__()
-        self.exit_status = 128 + number
-
-
-def raise_stopped(number, frame):
-    """A signal handler."""
-    raise Stopped(number)
-
-
 def stop_signals() -> list[int]:
-    """Ctrl-C, TERM and a closed terminal; of the last only if nobody asked to ignore it, as nohup does."""
+    """Return the numbers of Ctrl-C, TERM and, unless it is ignored as under nohup, the closed terminal."""
     numbers = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
@@ -175,42 +185,27 @@ def stop_signals() -> list[int]:
 
 
 class StopRequest:
-    """Inside the block, a stop signal lets the running batch finish: `requested` turns true.
+    """Inside the block, a first stop signal sets `requested`; a second one raises Stopped.
 
-    A second signal, or a batch that takes longer than `PATIENCE` seconds, ends the block with Stopped; after
-    take_your_time() only the second signal does.
-    `exit_status` is then what a shell expects: 128 + the first signal's number.
+    `exit_status` is 128 + the number of the first signal.
     """
 
-    PATIENCE = 2.0  # seconds
+    SAME_SIGNAL = 1.0  # seconds; torchrun passes a terminal's Ctrl-C on, so that it arrives twice
 
     def __init__(self) -> None:
         self.requested = False
-        self.number = 0
-
-    @property
-    def exit_status(self) -> int:
-        return 128 + self.number
+        self.exit_status = 0
 
     def __enter__(self):
-        signals = stop_signals() + ([signal.SIGALRM] if hasattr(signal, "SIGALRM") else [])
-        self._previous = {number: signal.signal(number, self._on_signal) for number in signals}
+        self._previous = {number: signal.signal(number, self._on_signal) for number in stop_signals()}
         return self
 
     def _on_signal(self, number, frame):
-        if self.requested:
-            raise Stopped(self.number)
-        self.requested = True
-        self.number = number
-        if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, self.PATIENCE)
-
-    def take_your_time(self) -> None:
-        """The running batch has ended: what comes after it may take longer."""
-        if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        if not self.requested:
+            self.requested, self.exit_status, self._since = True, 128 + number, time.monotonic()
+        elif time.monotonic() - self._since > self.SAME_SIGNAL:
+            raise Stopped(number)
 
     def __exit__(self, *exc_info):
-        self.take_your_time()
         for number, handler in self._previous.items():
             signal.signal(number, handler)

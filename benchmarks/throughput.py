@@ -27,10 +27,11 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import acgan  # noqa: E402 (needs the path above)
 from mnist import MNIST  # noqa: E402
-from models import Discriminator, Generator, weights_init_normal  # noqa: E402
 from runlog import RunLog  # noqa: E402
+
+import acgan  # noqa: E402 (needs the path above)
+from models import Discriminator, Generator, weights_init_normal  # noqa: E402
 
 WARM_UP = 60  # batches before the first timed round: enough to time, compile and time again
 DROPPED = 20  # batches at the start of a round: what the tutorial's workers had loaded ahead

@@ -1,10 +1,13 @@
-"""Fixtures: the real script as a subprocess, and the real digits, unpacked once."""
+"""Fixtures: the real script on a few real digits, in this process or in one of its own."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,39 +16,48 @@ sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, and threads of one would wait for those of another
 
 
+def call(main, *flags) -> SimpleNamespace:
+    """Call a script's main() with `flags`, piped; has .status, .out and .err."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main([str(flag) for flag in flags])
+        except SystemExit as exit:
+            status = exit.code
+    return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
+
+
 @pytest.fixture(scope="session")
-def data_root(tmp_path_factory):
-    """A folder with MNIST unpacked from the bundled files."""
-    from mnist import MNIST
+def train():
+    """train(*flags, digits=60): acgan.py in this process, on the CPU, on the first real digits."""
+    import small
 
-    root = tmp_path_factory.mktemp("unpacked")
-    MNIST(root)
-    return root
+    import acgan
+
+    def train(*flags, digits=60):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(acgan, "load_dataset", small.few(digits))
+            patch.setattr(acgan.EpochScorer, "SCORED", 50)
+            return call(acgan.main, "--device", "cpu", *flags)
+
+    return train
 
 
 @pytest.fixture(scope="session")
-def start(data_root):
-    """start(*flags): the running script, on the CPU, its outputs piped; it trains on the real digits.
+def start():
+    """start(*flags, digits=60): acgan.py in a process of its own, on the CPU, piped; digits=None takes all.
 
-    With `digits=N` on the first N of them, for epochs that end soon; with `pause_at=B` too, it stops itself when B
-    batches are done, and start returns then.
+    With `pause_at=B` it stops itself when B batches are done, and start returns then.
     """
-
     started = []
 
-    def start(*flags, digits=None, pause_at=None, **kwargs):
-        script = [ROOT / "acgan.py"] if digits is None else [ROOT / "tests" / "few_digits.py", digits]
-        command = [sys.executable, *script, "--data_root", data_root, "--device", "cpu", *flags]
-        if pause_at is not None:
-            kwargs["env"] = os.environ | {"PAUSE_AT": str(pause_at)}
-        process = subprocess.Popen(
-            [str(word) for word in command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            **kwargs,
-        )
-        started.append(process)
+    def start(*flags, digits=60, pause_at=None, command=(sys.executable,), env=None, **kwargs):
+        script = ROOT / "acgan.py" if digits is None else ROOT / "tests" / "small.py"
+        words = [str(word) for word in [*command, script, "--device", "cpu", *flags]]
+        env = os.environ | {"DIGITS": str(digits)} | ({} if env is None else env)
+        env |= {} if pause_at is None else {"PAUSE_AT": str(pause_at)}
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(process := subprocess.Popen(words, env=env, **pipes, **kwargs))
         if pause_at is not None:
             ended = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT).si_code != os.CLD_STOPPED
             assert not ended, process.communicate()
@@ -56,41 +68,40 @@ def start(data_root):
         process.kill()
 
 
-@pytest.fixture(scope="session")
-def run(start):
-    """run(*flags): the script run to its end; has .returncode, .stdout and .stderr."""
+def errors(result) -> str:
+    """The one line of a command that must fail with exit status 2."""
+    assert result.status == 2 and result.out == "", result
+    lines = [line for line in result.err.splitlines() if ": error: " in line]
+    assert len(lines) == 1 and "Traceback" not in result.err, result.err
+    return lines[0]
 
-    def run(*flags, **kwargs):
-        process = start(*flags, **kwargs)
-        out, err = process.communicate(timeout=120)
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
-    return run
+def files(folder: Path) -> dict:
+    """All files of a folder with what they hold."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def leaves(value, path=""):
+    """The leaves of nested dicts and lists, each with its path."""
+    if isinstance(value, dict | list | tuple):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(part, f"{path}.{key}")
+    else:
+        yield path, value
 
 
 def assert_same_run(ours: Path, theirs: Path) -> None:
-    """Two run folders hold the same run to the last bit: rows, weights, optimisers, random states."""
+    """Two run folders hold the same run bit by bit: rows, weights, optimisers, random states."""
     import torch
 
-    from checkpoint import read_checkpoint
+    from training.checkpoint import read_checkpoint
 
     assert (ours / "metrics.jsonl").read_bytes() == (theirs / "metrics.jsonl").read_bytes()
     for name in ("acgan_gen.pth", "acgan_dist.pth", "acgan_gen_ema.pth"):
         assert (ours / name).read_bytes() == (theirs / name).read_bytes()
-
-    def leaves(value, path=""):
-        if isinstance(value, dict):
-            for key in value:
-                yield from leaves(value[key], f"{path}.{key}")
-        elif isinstance(value, list | tuple):
-            for i, part in enumerate(value):
-                yield from leaves(part, f"{path}.{i}")
-        else:
-            yield path, value
-
     one, other = (read_checkpoint(folder) for folder in (ours, theirs))
-    for packed in (one, other):
-        del packed["log"], packed["options"], packed["file"], packed["launcher"]  # paths, seconds, a process
+    for checkpoint in (one, other):
+        del checkpoint["options"], checkpoint["file"]  # they name folders
     ours, theirs = dict(leaves(one)), dict(leaves(other))
     assert ours.keys() == theirs.keys() and len(ours) > 100
     for path, value in ours.items():
@@ -102,7 +113,8 @@ def read_board(out_dir: Path):
     """TensorBoard's view of the log folder of the run in `out_dir`."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    return EventAccumulator(str(out_dir / json.loads((out_dir / "config.json").read_text())["log_dir"])).Reload()
+    log_dir = out_dir / json.loads((out_dir / "config.json").read_text())["log_dir"]
+    return EventAccumulator(str(log_dir), size_guidance={"images": 0, "scalars": 0}).Reload()
 
 
 def read_rows(out_dir: Path) -> list[dict]:

@@ -1,23 +1,14 @@
 """The command line: every mistake gets one line that names the flag, exit status 2, and leaves no trace."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT, call, errors, files
 
 import acgan
-
-
-def fails(flags, capsys):
-    """Run the script with `flags`, which must fail before it builds anything; returns its one line."""
-    try:
-        status = acgan.main([str(flag) for flag in flags])
-    except SystemExit as exit:
-        status = exit.code
-    out, err = capsys.readouterr()
-    assert status == 2 and out == ""
-    assert err.count("\n") == 1 and err.startswith("acgan.py: error: ")
-    return err
 
 
 @pytest.mark.parametrize(
@@ -41,44 +32,52 @@ def fails(flags, capsys):
         (["--seed", 2**32], "--seed"),
         (["--img_size", 30], "--img_size: '30' is not a multiple of 4 and at least 16"),
         (["--img_size", 12], "--img_size"),
-        (["--img_size", 16, "--batch_size", 1], "--batch_size: .* at least 2 images"),
-        (["--n_classes", 11], r"--n_classes: the data \(mnist\) has 10, not 11"),
-        (["--channels", 3], r"--channels: the data \(mnist\) has 1, not 3"),
+        (["--img_size", 16, "--batch_size", 59], "--batch_size: 59 leaves a batch of one image"),
+        (["--n_classes", 11], "--n_classes: mnist has 10, not 11"),
+        (["--channels", 3], "--channels: mnist has 1, not 3"),
         (["--device", "tpu"], "--device: invalid choice: 'tpu' .*cuda"),
         (["--device", "cpu", "--cuda"], "--cuda: not allowed with argument --device"),
         (["--n_epoch", 3], r"--n_epoch 3 \(did you mean --n_epochs\?\)"),
         (["--quick"], r"--quick \(--help lists the flags\)"),
+        (["--data_root", "."], "--data_root: --dataset mnist does not read it; did you mean --dataset folder"),
+        (["--dataset", "folder"], "--data_root: --dataset folder needs it"),
+        (["--dataset", "folder", "--data_root", "a" * 300], "there is no folder 'aaa"),
         (["--out_dir", "a_file/run"], "--out_dir: cannot write to 'a_file/run'"),
         (["--out_dir", "/proc/run"], "--out_dir: cannot write to '/proc/run'"),
-        (["--out_dir", "in_the_way"], "--out_dir: .*images' is in the way, as it is not a folder"),
+        (["--out_dir", "in_the_way"], "--out_dir: .*images' is not a folder"),
         (["--out_dir", "a_run_of_others"], "--out_dir: .*config.json' is not from a run of this script"),
+        (["--resume"], "--resume: there is no checkpoint.pt in '.'"),
+        (["--resume", "a_file"], "--resume: there is no checkpoint.pt in 'a_file'"),
+        (["--resume", "in_the_way", "--out_dir", "b"], "--resume: a run continues in its own folder, 'in_the_way'"),
+        (["--eval_interval", 1, "--judge", "none.pth"], "cannot read '.*none.pth'"),
+        (["--eval_interval", 1, "--img_size", 28], "--judge: it knows 10 classes .* 32 pixels, but .* 28 pixels"),
     ],
 )
-def test_mistakes(flags, words, capsys, tmp_path, monkeypatch, data_root):
+def test_mistakes(flags, words, tmp_path, monkeypatch, train):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a_file").touch()
     (tmp_path / "in_the_way").mkdir()
     (tmp_path / "in_the_way" / "images").touch()
     (tmp_path / "a_run_of_others").mkdir()
     (tmp_path / "a_run_of_others" / "config.json").write_text('{"theirs": true}')
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    device = [] if {"--device", "--cuda"} & set(flags) else ["--device", "cpu"]
-    assert re.search(words, fails(["--seed", 0, "--data_root", data_root, *device, *flags], capsys))
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    before = files(tmp_path)
+    if {"--device", "--cuda"} & set(flags):
+        assert re.search(words, errors(call(acgan.main, "--seed", 0, *flags)))
+    else:
+        assert re.search(words, errors(train("--seed", 0, *flags)))
+    assert files(tmp_path) == before and not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("flags", [["--device", "cuda"], ["--cuda"]])
-def test_gpu_that_is_not_there(flags, capsys, tmp_path):
-    line = fails([*flags, "--out_dir", tmp_path / "run"], capsys)
+def test_gpu_that_is_not_there(flags, tmp_path):
+    line = errors(call(acgan.main, *flags, "--out_dir", tmp_path / "run"))
     assert "--device: cuda is not available here; PyTorch finds: cpu" in line
     assert not (tmp_path / "run").exists()
 
 
-def test_help_states_every_default(capsys):
-    with pytest.raises(SystemExit):
-        acgan.main(["--help"])
-    text = " ".join(capsys.readouterr().out.partition("training:")[2].split())
+def test_help_states_every_default():
+    text = " ".join(call(acgan.main, "--help").out.partition("training:")[2].split())
     defaults = vars(acgan.parse_args([]))
     next_flag = r" --(\w+ [A-Z{[]|cuda )"
     for flag in defaults:
@@ -88,8 +87,15 @@ def test_help_states_every_default(capsys):
             assert entry["default"] == str(defaults[flag])
 
 
+@pytest.mark.faithful
 def test_defaults_are_the_tutorials():
     opt = acgan.parse_args([])
     tutorial = dict(n_epochs=200, batch_size=64, lr=0.0002, b1=0.5, b2=0.999, n_cpu=8, latent_dim=100, img_size=32,
                     sample_interval=400, dataset="mnist", n_classes=None, channels=None)  # fmt: skip
     assert {name: getattr(opt, name) for name in tutorial} == tutorial
+
+
+def test_commands_start_from_any_folder(tmp_path):
+    command = [sys.executable, ROOT / "generate.py", "7", "-n", "1"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0 and (tmp_path / "generated.png").exists(), result.stderr

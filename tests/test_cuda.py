@@ -3,28 +3,26 @@
 import copy
 import math
 
-import few_digits
 import pytest
+import small
 import torch
-from conftest import read_rows
+from conftest import call, read_rows
 from shapes import make_folder
 
 import acgan
-import dataset
-import speed
-from batches import ShuffledBatches
-from checkpoint import read_checkpoint
-from dataset import load_dataset
+from data import folder
+from data.batches import Batches
 from models import Discriminator, Generator, weights_init_normal
+from training import speed
+from training.checkpoint import read_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
-def test_captured_batches_train_as_plain_ones(data_root):
+def test_captured_batches_train_as_plain_ones():
     device = torch.device("cuda")
     torch.manual_seed(0)
-    images, labels, _ = load_dataset("mnist", data_root, 32)
-    batches = ShuffledBatches(images[:600], labels[:600], 64, device)  # ten batches an epoch, the last of 24
+    batches = Batches(small.few(600)("mnist", None, 32), 64, device)  # ten batches an epoch, the last of 24
     start = Generator().apply(weights_init_normal).to(device), Discriminator().apply(weights_init_normal).to(device)
     for layer in start[1].modules():
         if isinstance(layer, torch.nn.Dropout2d):
@@ -41,7 +39,7 @@ def test_captured_batches_train_as_plain_ones(data_root):
             inputs = *batches.gather(picked), z[picked], gen_labels[picked]
             return acgan.train_step(generator, discriminator, *optimizers, *inputs)
 
-        call = speed.accelerate(train_batch, generator, discriminator, 64, 60, "off", "off")
+        call = speed.accelerate(train_batch, generator, discriminator, 64, "off", "off")
         if how == "plain":
             call = call.call
         losses[how] = [[metrics["d_loss"].item(), metrics["g_loss"].item()] for metrics in map(call, indices)]
@@ -53,7 +51,7 @@ def test_replays_draw_new_numbers():
     def draw(generator, discriminator, indices):
         return {"drawn": torch.rand((), device="cuda")}
 
-    call = speed.accelerate(draw, Generator().cuda(), Discriminator().cuda(), 64, 60, "off", "off")
+    call = speed.accelerate(draw, Generator().cuda(), Discriminator().cuda(), 64, "off", "off")
     indices = torch.arange(64, device="cuda")
     drawn = [call(indices)["drawn"].item() for _ in range(20)]
     assert call.works and len(set(drawn)) == 20
@@ -63,43 +61,31 @@ def test_batch_that_cannot_be_captured_goes_on_without(capsys):
     def waits_for_the_device(generator, discriminator, indices):
         return {"drawn": torch.rand(int(indices.sum()) + 1, device="cuda").sum()}
 
-    call = speed.accelerate(waits_for_the_device, Generator().cuda(), Discriminator().cuda(), 4, 60, "off", "off")
+    call = speed.accelerate(waits_for_the_device, Generator().cuda(), Discriminator().cuda(), 4, "off", "off")
     drawn = [call(torch.arange(4, device="cuda"))["drawn"].item() for _ in range(10)]
     assert not call.works and len(set(drawn)) == 10
     assert capsys.readouterr().err.startswith("CUDA graph: off, as capturing failed")
 
 
-def test_streamed_images_are_those_from_memory(tmp_path, monkeypatch):
-    folder = make_folder(tmp_path / "shapes", 40)
-    flags = ["--dataset", "folder", "--data_root", folder, "--device", "cuda", "--seed", 0, "--batch_size", 16,
+def test_images_beyond_the_memory_budget_train_as_those_in_memory(tmp_path, monkeypatch):
+    root = make_folder(tmp_path / "shapes", 40)
+    flags = ["--dataset", "folder", "--data_root", root, "--device", "cuda", "--seed", 0, "--batch_size", 16,
              "--log_interval", 1, "--max_steps", 16]  # fmt: skip
-    for how, share in [("memory", 1), ("streamed", 0)]:
-        monkeypatch.setattr(dataset, "MEMORY_SHARE", share)
-        assert acgan.main([str(word) for word in [*flags, "--out_dir", tmp_path / how]]) == 0
-    ours, theirs = ([row["d_real_adv"] for row in read_rows(tmp_path / how)] for how in ("memory", "streamed"))
+    for how, share in [("memory", 1), ("file", 0)]:
+        monkeypatch.setattr(folder, "MEMORY_SHARE", share)
+        assert call(acgan.main, *flags, "--out_dir", tmp_path / how).status == 0
+    ours, theirs = ([row["d_real_adv"] for row in read_rows(tmp_path / how)] for how in ("memory", "file"))
     assert ours[:8] == pytest.approx(theirs[:8], rel=1e-2)
 
 
-@pytest.mark.parametrize("flags", [[], ["--cuda_graph", "off"], ["--amp", "bf16"], ["--compile", "on"]])
-def test_run_and_resume_on_the_gpu(flags, data_root, tmp_path, monkeypatch):
-    monkeypatch.setattr(acgan, "load_dataset", few_digits.first(150))
-    words = [
-        "--data_root",
-        data_root,
-        "--device",
-        "cuda",
-        "--seed",
-        0,
-        "--log_interval",
-        1,
-        "--out_dir",
-        tmp_path,
-        *flags,
-    ]
-    assert acgan.main([str(word) for word in [*words, "--max_steps", 20]]) == 0
-    assert acgan.main([str(word) for word in [*words, "--max_steps", 40, "--resume"]]) == 0
+@pytest.mark.parametrize("flags", [[], ["--amp", "bf16"], ["--compile", "on"]])
+def test_run_and_resume_on_the_gpu(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(acgan, "load_dataset", small.few(150))
+    words = ["--device", "cuda", "--seed", 0, "--log_interval", 1, "--out_dir", tmp_path, *flags, "--max_steps", 20]
+    assert call(acgan.main, *words).status == 0
+    assert call(acgan.main, "--resume", tmp_path, "--device", "cuda", "--max_steps", 40).status == 0
     rows = read_rows(tmp_path)
     assert [row["step"] for row in rows] == list(range(40))
     assert all(math.isfinite(row["d_loss"]) for row in rows)
-    assert read_checkpoint(tmp_path)["steps"] == 40
+    assert read_checkpoint(tmp_path)["step"] == 40
     assert (tmp_path / "images" / "0.png").exists()

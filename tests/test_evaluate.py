@@ -1,93 +1,91 @@
-"""The scorecard: it tells good from bad, and the committed one is what the committed weights get."""
+"""The scorecard: it tells good from bad, on few digits. benchmarks/scorecard.py scores the bundled weights in full."""
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, read_board, read_rows
+from conftest import call, errors, read_board, read_rows
 
 import evaluate
-from dataset import load_dataset
-from epoch_scores import EpochScores
-from evaluate import Counts, balanced, collapsed, load_discriminator, score, scorecard
-from generate import WEIGHTS, draw_set, load_generator
-from judge import WEIGHTS as JUDGE_WEIGHTS
-from judge import Judge, judge_images, load_judge
-from models import load_network, pack_network, write_weights
-from runlog import RunLog
-from scores import density_and_coverage, fid, same_class_ms_ssim, show_to
+from cli import BUNDLED_GENERATOR
+from data import load_dataset
+from drawing import draw_set
+from evaluation import judge as judge_module
+from evaluation import scorecard as scorecard_module
+from evaluation.judge import judge_images, load_judge
+from evaluation.metrics import density_and_coverage, fid, same_class_ms_ssim, show_to
+from evaluation.scorecard import Counts, balanced, collapsed, score, scorecard
+from models import Discriminator, Generator, load_network, save_network, weights_init_normal
 
-FEW = Counts(scored=150, cas=200, cas_epochs=3, pairs=30)
+FEW = Counts(scored=100, cas=120, cas_epochs=4, pairs=20)
 
 
 @pytest.fixture(scope="module")
 def judge():
-    return load_judge(JUDGE_WEIGHTS)
+    return load_judge(None)
 
 
 @pytest.fixture(scope="module")
-def train_set(data_root):
-    return load_dataset("mnist", data_root, 32)[:2]
+def train_set():
+    return load_dataset("mnist", None, 32)[:2]
 
 
 @pytest.fixture(scope="module")
-def test_set(data_root):
-    return load_dataset("mnist", data_root, 32, train=False)[:2]
+def test_set():
+    images, labels, *_ = load_dataset("mnist", None, 32, train=False)
+    return images[:1500], labels[:1500]
 
 
 def test_the_judge_knows_the_test_digits(judge, test_set):
     images, labels = test_set
-    assert (judge_images(judge, images)[1] == labels).double().mean() >= 0.995
-    assert JUDGE_WEIGHTS.stat().st_size < 1_000_000
+    assert (judge_images(judge, images)[1] == labels).double().mean() >= 0.99
+    assert judge_module.BUNDLED.stat().st_size < 1_000_000
 
 
 @pytest.fixture(scope="module")
-def scored(judge, train_set, test_set, run, tmp_path_factory):
-    """Scores of real digits and of the committed generator, and of four that are bad in one way each."""
-    early_dir = tmp_path_factory.mktemp("early")
-    assert run("--seed", 0, "--max_steps", 60, "--out_dir", early_dir).returncode == 0
+def scored(judge, train_set, test_set):
+    """Scores of real digits and of the bundled generator, and of four that are bad in one way each."""
+    torch.manual_seed(0)
     labels = torch.arange(10).repeat(FEW.cas)
-    drawn = torch.cat(list(draw_set(load_generator(WEIGHTS), labels, seed=0)))
-    early = torch.cat(list(draw_set(load_generator(early_dir / "acgan_gen.pth"), labels, seed=0)))
-    real, real_labels = balanced(train_set[0][30_000:], train_set[1][30_000:], FEW.cas, 10, seed=1)
+    drawn = draw_set(load_network(BUNDLED_GENERATOR), labels, seed=0)
+    untrained = draw_set(Generator().apply(weights_init_normal), labels, seed=0)
+    real, real_labels = balanced(train_set[0][30_000:40_000], train_set[1][30_000:40_000], FEW.cas, 10, seed=1)
     candidates = {
         "real": (real, real_labels),
         "drawn": (drawn, labels),
-        "early": (early, labels),
+        "untrained": (untrained, labels),
         "permuted": (drawn, labels.roll(1)),
         "mixed": (drawn, labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]),
         "repeated": (drawn[:10].repeat(FEW.cas, 1, 1, 1), labels),
     }
-    few_test = show_to(judge, *(tensor[:2000] for tensor in test_set))
+    few_test = show_to(judge, *test_set)
     return {name: score(*pair, few_test, judge, FEW) for name, pair in candidates.items()}
 
 
-def of(scored, measure):
-    return {name: scores[measure] for name, (scores, _) in scored.items()}
+def of(scored, metric):
+    return {name: scores[metric] for name, (scores, _) in scored.items()}
 
 
 def test_agreement_falls_with_wrong_classes(scored):
     values = of(scored, "agreement")
     assert values["real"] > 0.98 and values["drawn"] > 0.96
-    assert values["early"] < 0.6 and values["permuted"] < 0.05 and 0.05 < values["mixed"] < 0.2
+    assert values["untrained"] < 0.3 and values["permuted"] < 0.05 and 0.05 < values["mixed"] < 0.2
 
 
-def test_fid_grows_with_bad_images_and_the_one_by_class_with_wrong_classes_too(scored):
+def test_fid_grows_with_bad_images_and_intra_fid_with_wrong_classes_too(scored):
     values, by_class = of(scored, "fid"), of(scored, "intra_fid")
-    assert values["real"] < 0.1 < 3 < values["early"] and values["repeated"] > 5 * values["drawn"]
-    assert values["real"] < values["drawn"] < values["repeated"] < values["early"]
+    assert values["real"] < 0.2 < 3 < values["untrained"] and values["repeated"] > 3 * values["drawn"]
+    assert values["real"] < values["drawn"] < values["repeated"] < values["untrained"]
     assert values["permuted"] == pytest.approx(values["drawn"], rel=1e-6)  # it does not look at classes
     assert by_class["real"] < by_class["drawn"] < by_class["repeated"]
-    assert by_class["permuted"] > 10 * by_class["drawn"] and by_class["mixed"] > 5 * by_class["drawn"]
+    assert by_class["permuted"] > 5 * by_class["drawn"] and by_class["mixed"] > 3 * by_class["drawn"]
 
 
 def test_density_and_coverage_fall_with_bad_images_and_with_missing_variety(scored):
     density, coverage = of(scored, "density"), of(scored, "coverage")
-    assert density["early"] < 0.1 < density["drawn"]
-    assert coverage["real"] > coverage["drawn"] > 3 * max(coverage["early"], coverage["repeated"])
+    assert density["untrained"] < 0.1 < density["drawn"]
+    assert coverage["real"] > coverage["drawn"] > 3 * max(coverage["untrained"], coverage["repeated"])
 
 
 def test_ms_ssim_names_the_classes_that_collapsed(scored):
@@ -102,16 +100,16 @@ def test_ms_ssim_names_the_classes_that_collapsed(scored):
 
 def test_cas_falls_with_wrong_classes_and_with_missing_variety(scored):
     values = of(scored, "cas")
-    assert min(values["real"], values["drawn"]) > 0.85  # so few images do not tell these two apart
-    assert values["repeated"] < values["drawn"] - 0.2 and values["early"] < values["drawn"] - 0.2
-    assert values["permuted"] < 0.1 and values["mixed"] < 0.6
+    assert min(values["real"], values["drawn"]) > 0.75  # so few images do not tell these two apart
+    assert values["repeated"] < values["drawn"] - 0.2 and values["untrained"] < values["drawn"] - 0.2
+    assert values["permuted"] < 0.15 and values["mixed"] < 0.6
 
 
-def test_scorecard_puts_the_real_floor_beside_and_warns_of_a_collapse(judge, train_set, test_set):
+def test_scorecard_puts_the_real_floor_beside_and_warns(judge, train_set, test_set):
     counts = Counts(scored=30, cas=30, cas_epochs=1, pairs=20)
-    few_test = tuple(tensor[:1000] for tensor in test_set)
+    few_test = tuple(tensor[:900] for tensor in test_set)
     labels = torch.arange(10).repeat(30)
-    images = torch.cat(list(draw_set(load_generator(WEIGHTS), labels, seed=0)))
+    images = draw_set(load_network(BUNDLED_GENERATOR), labels, seed=0)
     images[7::10] = images[7].clone()
     card = scorecard(images, labels, train_set, few_test, judge, counts)
     floor, _ = score(*balanced(*train_set, 30, 10, seed=0), show_to(judge, *few_test), judge, counts)
@@ -119,10 +117,11 @@ def test_scorecard_puts_the_real_floor_beside_and_warns_of_a_collapse(judge, tra
         assert card["scores"][name]["real"] == value or name == "agreement"
     right = judge_images(judge, few_test[0])[1] == few_test[1]
     assert card["scores"]["agreement"]["real"] == right.double().mean()
-    assert card["warnings"] == ["class 7 has collapsed: its images are too much alike"]
+    few = "only 900 test images: FID, density and coverage are uncertain"
+    assert card["warnings"] == ["class 7 has collapsed: its images are too much alike", few]
 
 
-def test_measures_against_cases_worked_out_by_hand():
+def test_metrics_against_cases_worked_out_by_hand():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(2000, 4, generator=generator)
     assert fid(features, features) == pytest.approx(0, abs=1e-6)
@@ -139,73 +138,56 @@ def test_measures_against_cases_worked_out_by_hand():
     assert same_class_ms_ssim(one.repeat(3, 1, 1, 1), 5, 0) == pytest.approx(1)
 
 
-def script(name, *flags):
-    command = [sys.executable, ROOT / name, *flags]
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
-
-
-def test_committed_scorecard_is_what_the_committed_weights_get(data_root):
-    committed = json.loads((WEIGHTS.parent / "scorecard.json").read_text())
-    result = script("evaluate.py", "--json", "--data_root", data_root, "--device", "cpu")
-    assert result.returncode == 0, result.stderr
-    card = json.loads(result.stdout)
-    for key in ("images", "cas_images", "test_images", "seed", "feature_space", "warnings"):
-        assert card[key] == committed[key]
-    tolerance = {"agreement": 0.002, "cas": 0.01, "d_accuracy": 0.002}  # shares; other processors train CAS otherwise
-    assert card["scores"].keys() == committed["scores"].keys() and len(card["scores"]) == 9
-    for name, pair in card["scores"].items():
-        for who, value in pair.items():
-            wanted = committed["scores"][name][who]
-            assert value == pytest.approx(wanted, abs=tolerance.get(name), rel=None if name in tolerance else 0.02)
-
-
-def test_table_and_its_numbers(data_root, monkeypatch, capsys):
+def test_table_fits_80_columns_and_is_the_json(judge, train_set, test_set, monkeypatch):
     monkeypatch.setattr(evaluate, "QUICK", Counts(scored=20, cas=20, cas_epochs=1, pairs=5))
-    flags = ["--data_root", data_root, "--device", "cpu"]
-    assert evaluate.main([str(flag) for flag in flags]) == 0
-    text = capsys.readouterr().out
-    assert "no Inception FID" in text and "D's own accuracy" in text and "200 images, seed 0" in text
-    assert evaluate.main([str(flag) for flag in [*flags, "--json"]]) == 0
-    card = json.loads(capsys.readouterr().out)
-    assert f"{card['scores']['agreement']['generated']:.2%}" in text
+    part = scorecard_module.LabelledImages(*train_set, list("0123456789"))
+    halves = (
+        part._replace(images=part.images[:3000], labels=part.labels[:3000]),
+        part._replace(images=test_set[0], labels=test_set[1]),
+    )
+    monkeypatch.setattr(evaluate, "load_train_and_test", lambda *args: halves)
+    result = call(evaluate.main, "--device", "cpu")
+    assert result.status == 0 and result.err.startswith(f"Weights: {BUNDLED_GENERATOR}\n")
+    assert "no Inception FID" in result.out and "200 images, seed 0" in result.out
+    assert max(len(line) for line in result.out.splitlines()[1:]) <= 80
+    card = json.loads(call(evaluate.main, "--json", "--device", "cpu").out)
+    assert f"{card['scores']['agreement']['generated']:.2%}" in result.out and len(card["scores"]) == 7
+    assert card["images"] == 200 and card["test_images"] == 1500
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["missing.pth"], "argument --weights: cannot read 'missing.pth' (No such file or directory)"),
-        (["text.pth"], "argument --weights: text.pth is damaged, or is no Generator that this project wrote"),
+        (["--weights", "missing.pth"], "cannot read 'missing.pth' (No such file or directory)"),
+        (["--weights", "text.pth"], "'text.pth' is corrupt, or is not a Generator of this project"),
         (
-            ["wide.pth"],
-            "argument --judge: it knows 10 classes (0, 1, 2, ...) in grey, 32 pixels, but the generator draws",
+            ["--weights", "wide.pth"],
+            "--judge: it knows 10 classes (0, 1, 2, ...) in grey, 32 pixels, but the generator",
         ),
-        (["--judge", "text.pth"], "argument --judge: text.pth is damaged, or is no Judge that this project wrote"),
-        (["--discriminator", "wide_dist.pth"], "argument --discriminator: 'wide_dist.pth' is for other images"),
+        (["--judge", "text.pth"], "'text.pth' is corrupt, or is not a Judge of this project"),
+        (["--weights", "dist.pth"], "'dist.pth' is corrupt, or is not a Generator of this project"),
+        (["--test_root", "."], "argument --test_root: mnist has its own test images"),
+        (["--data_root", "."], "argument --data_root: --dataset mnist does not read it"),
         (["--fulll"], "did you mean --full?"),
     ],
 )
-def test_mistakes(flags, words, capsys, tmp_path, monkeypatch):
-    from models import Discriminator, Generator
-
+def test_mistakes(flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.pth").write_text("no weights")
-    write_weights(tmp_path / "wide.pth", pack_network(Generator(img_size=64)))
-    write_weights(tmp_path / "wide_dist.pth", pack_network(Discriminator(img_size=64)))
-    try:
-        status = evaluate.main([*flags, "--device", "cpu"])
-    except SystemExit as exit:
-        status = exit.code
-    out, err = capsys.readouterr()
-    assert status == 2 and out == "" and err.count("\n") == 1
-    assert err.startswith("evaluate.py: error: ") and words in err
+    save_network(tmp_path / "wide.pth", Generator(img_size=64))
+    save_network(tmp_path / "dist.pth", Discriminator())
+    assert words in errors(call(evaluate.main, *flags, "--device", "cpu"))
 
 
-def test_scores_during_training_change_nothing_in_it_and_keep_the_best(run, tmp_path, data_root):
+def test_scores_during_training_change_nothing_in_it_and_keep_the_best(train, tmp_path):
     flags = ["--seed", 3, "--batch_size", 64, "--log_interval", 2, "--n_epochs", 4]
     plain, scored = tmp_path / "plain", tmp_path / "scored"
-    assert run(*flags, "--out_dir", plain, digits=320).returncode == 0
-    result = run(*flags, "--eval_interval", 2, "--out_dir", scored, digits=320)
-    assert result.returncode == 0 and result.stderr.count("agreement") == 2, result.stderr
+    assert train(*flags, "--out_dir", plain, digits=320).status == 0
+    # a run that ends at an epoch's end, and is extended: its scores are part of its last checkpoint
+    flags += ["--eval_interval", 2, "--out_dir", scored]
+    assert train(*flags, "--max_steps", 10, digits=320).err.count("agreement") == 1
+    result = train("--resume", scored, digits=320)
+    assert result.status == 0 and result.err.count("agreement") == 1, result.err
     assert (plain / "acgan_gen.pth").read_bytes() == (scored / "acgan_gen.pth").read_bytes()
     rows = [row for row in read_rows(scored) if "agreement" in row]
     assert [row for row in read_rows(scored) if "agreement" not in row] == read_rows(plain)
@@ -217,25 +199,15 @@ def test_scores_during_training_change_nothing_in_it_and_keep_the_best(run, tmp_
     kept = torch.load(scored / "acgan_gen_best.pth", weights_only=True)["scores"]
     assert kept == {name: best[name] for name in ("step", "agreement", "fid", "intra_fid")}
     assert load_network(scored / "acgan_gen_best.pth") and load_network(scored / "acgan_dist_best.pth")
-    average = scored / "acgan_gen_ema.pth"
-    assert load_discriminator(None, average, load_generator(average), "cpu")  # that of the run, acgan_dist.pth
 
-    again = EpochScores(1, JUDGE_WEIGHTS, load_generator(average), None, load_dataset("mnist", data_root, 32), 5)
-    again.log = RunLog.__new__(RunLog)
-    again.log.out_dir = scored
-    assert again.lowest_intra_fid() == best["intra_fid"]
-    again.judge_sha256 = "of another judge"  # whose features have another scale
-    assert again.lowest_intra_fid() == math.inf
-
-    # an epoch whose scoring was cut short is scored by the resumed run
-    assert run(*flags, "--max_steps", 10, "--out_dir", tmp_path / "cut", digits=320).returncode == 0
-    again = ["--resume", "--eval_interval", 2, "--out_dir", tmp_path / "cut"]
-    assert run(*again, digits=320).returncode == 0
-    assert [row for row in read_rows(tmp_path / "cut") if "agreement" in row] == rows
+    scorer = scorecard_module.EpochScorer(None, None, None, "cpu")
+    scorer.judge_sha256 = torch.load(scored / "acgan_gen_best.pth", weights_only=True)["judge_sha256"]
+    assert scorer.lowest_intra_fid(scored / "acgan_gen_best.pth") == best["intra_fid"]
+    scorer.judge_sha256 = "of another judge"  # whose features have another scale
+    assert scorer.lowest_intra_fid(scored / "acgan_gen_best.pth") == math.inf
 
 
-def test_judge_of_another_size_is_refused_before_the_first_batch(run, tmp_path):
-    write_weights(tmp_path / "judge.pth", pack_network(Judge(img_size=28)))
-    result = run("--eval_interval", 1, "--seed", 0, "--judge", tmp_path / "judge.pth", "--out_dir", tmp_path / "run")
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "argument --judge: it knows" in result.stderr
-    assert not (tmp_path / "run").exists()
+def test_judge_that_is_no_good_is_warned_of(train, tmp_path):
+    save_network(tmp_path / "judge.pth", judge_module.Judge(img_size=16))
+    flags = ["--seed", 3, "--img_size", 16, "--max_steps", 1, "--eval_interval", 1, "--judge", tmp_path / "judge.pth"]
+    assert "Warning: the judge recognises only" in train(*flags, "--out_dir", tmp_path / "run", digits=320).err

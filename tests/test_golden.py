@@ -1,7 +1,6 @@
 """The run that must print what the tutorial's own script printed."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +11,16 @@ from PIL import Image
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tutorial_seed0.json").read_text())
 
 
+pytestmark = pytest.mark.faithful
+
+
 @pytest.fixture(scope="module")
-def golden_run(run, tmp_path_factory):
+def golden_run(start, tmp_path_factory):
     out_dir = tmp_path_factory.mktemp("golden")
     flags = ["--seed", GOLDEN["seed"], *GOLDEN["args"], "--log_interval", 1, "--max_steps", len(GOLDEN["batches"])]
-    all_threads = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    result = run(*flags, "--out_dir", out_dir, env=all_threads)
-    assert result.returncode == 0, result.stderr
+    process = start(*flags, "--out_dir", out_dir, digits=None, env={"OMP_NUM_THREADS": "2"})
+    _, err = process.communicate()
+    assert process.returncode == 0, err
     return out_dir
 
 

@@ -1,18 +1,22 @@
 """The networks: the tutorial's names and counts, every promised size, and weight files that rebuild them."""
 
+import copy
+import hashlib
 import pickle
 
 import pytest
 import torch
+from conftest import ROOT
 
-from averaging import RunningAverage
-from models import Discriminator, Generator, load_network, pack_network, weights_init_normal
+from models import Discriminator, Generator, load_network, save_network, update_ema, weights_init_normal
+from utils import BadInput
 
 
 def count(network):
     return sum(parameter.numel() for parameter in network.parameters())
 
 
+@pytest.mark.faithful
 def test_parameters_are_the_tutorials():
     generator, discriminator = Generator(), Discriminator()
     assert (count(generator), count(discriminator)) == (1_050_985, 103_243)
@@ -57,25 +61,23 @@ def test_label_and_noise_both_reach_the_image():
     assert not torch.equal(generator(z, labels), generator(-z, labels))
 
 
-def test_running_average_is_what_its_decay_says():
+def test_ema_is_what_its_decay_says():
     source = torch.nn.BatchNorm2d(3)
-    average = RunningAverage(source, decay=0.9)
-    by_hand = source.weight.detach().clone()
+    ema, by_hand = copy.deepcopy(source), source.weight.detach().clone()
     for steps in range(1, 200):
         torch.nn.init.normal_(source.weight)
         source.running_mean.fill_(steps)
-        average.update(steps)
-        decay = min(0.9, steps / (steps + 9))  # the start, of no use, is soon forgotten
+        update_ema(ema, source, 0.9, steps)
+        decay = min(0.9, steps / (steps + 4))
         by_hand = decay * by_hand + (1 - decay) * source.weight.detach()
-    torch.testing.assert_close(average.network.weight.detach(), by_hand)
-    assert average.network.running_mean[0].item() == pytest.approx(199 - 9, abs=0.1)  # it reaches back ten batches
-    assert not average.network.weight.equal(source.weight)
-    same = RunningAverage(source, decay=0)
-    torch.nn.init.normal_(source.weight)
-    same.update(7)
-    assert torch.equal(same.network.weight, source.weight)
+    torch.testing.assert_close(ema.weight.detach(), by_hand)
+    assert ema.running_mean[0].item() == pytest.approx(199 - 9, abs=0.1)  # it reaches back ten batches
+    assert not ema.weight.equal(source.weight)
+    update_ema(ema, source, 0, 7)
+    assert torch.equal(ema.weight, source.weight)
 
 
+@pytest.mark.faithful
 def test_init_touches_convolutions_and_norms_only():
     torch.manual_seed(0)
     generator = Generator()
@@ -91,11 +93,21 @@ def test_init_touches_convolutions_and_norms_only():
 
 @pytest.mark.parametrize("network", [Generator(7, 13, 28, 3), Discriminator(7, 28, 3)])
 def test_weight_file_alone_rebuilds_the_network(network, tmp_path):
-    torch.save(pack_network(network), tmp_path / "weights.pth")
+    save_network(tmp_path / "weights.pth", network, note="plain data")
     rebuilt = load_network(tmp_path / "weights.pth")
     assert type(rebuilt) is type(network) and rebuilt.config == network.config
     for name, tensor in network.state_dict().items():
         assert torch.equal(rebuilt.state_dict()[name], tensor)
+    assert torch.load(tmp_path / "weights.pth", weights_only=True)["note"] == "plain data"
+
+
+def test_bundled_weights_load():
+    sums = {"acgan_gen.pth": "7f1688e891d0c07a", "acgan_dist.pth": "1556002e02b4699f"}
+    for name, wanted in sums.items():
+        digest = hashlib.sha256()
+        for tensor in load_network(ROOT / "weights" / name).state_dict().values():
+            digest.update(tensor.numpy().tobytes())
+        assert digest.hexdigest()[:16] == wanted
 
 
 class RunsCode:
@@ -108,14 +120,20 @@ class RunsCode:
 
 def test_weight_files_that_are_none_get_one_clear_line(tmp_path):
     path = tmp_path / "weights.pth"
-    torch.save(pack_network(Generator()), path)
-    whole = path.read_bytes()
-    marker = tmp_path / "code was run"
-    wrong_shape = pack_network(Generator()) | {"config": Generator(latent_dim=50).config}
-    torch.save(wrong_shape, path)
-    contents = [path.read_bytes(), b"", b"text", whole[:1000], whole[:-1000], pickle.dumps(RunsCode(str(marker)), 2)]
-    for content in contents:
+    network = Generator()
+    save_network(path, network)
+    whole, marker = path.read_bytes(), tmp_path / "code was run"
+    network.config = Generator(latent_dim=50).config
+    save_network(path, network)
+    other_shape = path.read_bytes()
+    torch.nn.init.constant_(network.label_emb.weight, float("nan"))
+    save_network(path, network)
+    not_finite = path.read_bytes()
+    contents = [other_shape, not_finite, b"", b"text", whole[:1000], whole[:-1000]]
+    for content in [*contents, pickle.dumps(RunsCode(str(marker)), 2)]:
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="damaged, or is no Generator or Discriminator"):
+        with pytest.raises(BadInput, match="is corrupt, or is not a Generator or Discriminator of this project"):
             load_network(path)
+    with pytest.raises(BadInput, match="cannot read .*none.pth' .No such file or directory.: name a weight file"):
+        load_network(tmp_path / "none.pth")
     assert not marker.exists()

@@ -1,18 +1,21 @@
 """Fast ways compute what the plain ones compute."""
 
-import copy
 import re
 
 import pytest
+import small
 import torch
-from conftest import read_rows
+from conftest import assert_same_run, read_rows
+from plain import plain_generator
 from torch import nn
 
 import acgan
-import speed
-from batches import ShuffledBatches
-from dataset import load_dataset
+from data.batches import Batches
+from drawing import draw_labels, draw_noise
 from models import Discriminator, Generator, UpsampleConv2d, load_network, weights_init_normal
+from training import speed
+
+SMALL = ["--seed", 3, "--batch_size", 24, "--img_size", 16, "--log_interval", 1]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 4), (7, 7), (8, 8), (5, 9), (16, 16)])
@@ -38,8 +41,7 @@ def test_folded_upsampling_equals_the_plain_pair(size, in_channels, out_channels
 def test_folded_generator_has_the_plain_ones_gradients(img_size):
     torch.manual_seed(0)
     folded = Generator(img_size=img_size).apply(weights_init_normal).double()
-    plain = Generator(img_size=img_size, folded=False).double()
-    plain.load_state_dict(folded.state_dict())
+    plain = plain_generator(folded)
     z, labels = torch.randn(4, 100, dtype=torch.float64), torch.arange(4)
     for generator in (folded, plain):
         generator(z, labels).square().mean().backward()
@@ -47,40 +49,29 @@ def test_folded_generator_has_the_plain_ones_gradients(img_size):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-10, msg=name)
 
 
-class Steps:
-    """Training steps from one fixed state, on fixed real digits and draws, in any of the ways to compute them."""
+def ten_steps(plain=False, compile="off"):
+    """Losses, parameters and next random number of ten training steps, in one of the ways to compute them."""
+    torch.manual_seed(0)
+    acgan.seed_everything(0)
+    batches = Batches(small.first_digits(16), 24)
+    generator = Generator(img_size=16).apply(weights_init_normal)
+    discriminator = Discriminator(img_size=16).apply(weights_init_normal)
+    generator = plain_generator(generator) if plain else generator
+    optimizers = [
+        torch.optim.Adam(net.parameters(), lr=0.0002, betas=(0.5, 0.999)) for net in (generator, discriminator)
+    ]
 
-    def __init__(self, data_root, batch_size=32, n=10):
-        torch.manual_seed(0)
-        self.batches = ShuffledBatches(*load_dataset("mnist", data_root, 32)[:2], batch_size)
-        self.indices = [indices for indices, _ in zip(self.batches, range(n), strict=False)]
-        self.networks = Generator().apply(weights_init_normal), Discriminator().apply(weights_init_normal)
-        self.batch_size = batch_size
+    def train_batch(generator, discriminator, indices):
+        z = draw_noise(len(indices), 100, torch.device("cpu"))
+        labels = draw_labels(len(indices), 10, torch.device("cpu"))
+        return acgan.train_step(generator, discriminator, *optimizers, *batches.gather(indices), z, labels)
 
-    def run(self, folded=True, compile="off"):
-        generator, discriminator = copy.deepcopy(self.networks)
-        for layer in generator.modules():
-            if isinstance(layer, UpsampleConv2d):
-                layer.folded = folded
-        optimizers = [
-            torch.optim.Adam(net.parameters(), lr=0.0002, betas=(0.5, 0.999)) for net in (generator, discriminator)
-        ]
-        torch.manual_seed(1)
-        acgan.np.random.seed(1)
-
-        def train_batch(generator, discriminator, indices):
-            z = acgan.draw_noise(len(indices), 100, torch.device("cpu"))
-            labels = acgan.draw_labels(len(indices), 10, torch.device("cpu"))
-            return acgan.train_step(generator, discriminator, *optimizers, *self.batches.gather(indices), z, labels)
-
-        step = speed.accelerate(train_batch, generator, discriminator, self.batch_size, 10, compile, "off")
-        losses = [[metrics["d_loss"].item(), metrics["g_loss"].item()] for metrics in map(step, self.indices)]
-        return torch.tensor(losses), [*generator.parameters(), *discriminator.parameters()], torch.rand(1), step
-
-
-@pytest.fixture(scope="module")
-def steps(data_root):
-    return Steps(data_root)
+    step = speed.accelerate(train_batch, generator, discriminator, 24, compile, "off")
+    losses = []
+    for indices, _ in zip(batches, range(10), strict=False):
+        metrics = step(indices)
+        losses.append([metrics["d_loss"].item(), metrics["g_loss"].item()])
+    return torch.tensor(losses), [*generator.parameters(), *discriminator.parameters()], torch.rand(1)
 
 
 def assert_same_training(ours, theirs):
@@ -93,70 +84,59 @@ def assert_same_training(ours, theirs):
     assert torch.equal(ours[2], theirs[2])  # the same random numbers were used up
 
 
-def test_ten_folded_steps_equal_ten_plain_ones(steps):
-    assert_same_training(steps.run(folded=True), steps.run(folded=False))
+@pytest.mark.faithful
+def test_ten_folded_steps_equal_ten_plain_ones():
+    assert_same_training(ten_steps(), ten_steps(plain=True))
 
 
-def test_ten_compiled_steps_equal_ten_eager_ones(steps):
-    compiled = steps.run(compile="on")
-    assert compiled[3].fast is not None
-    assert_same_training(compiled, steps.run(compile="off"))
-
-
-def test_compiled_run_saves_plain_names_and_handles_the_smaller_batch(run, tmp_path):
-    flags = ["--seed", 3, "--batch_size", 24, "--img_size", 16, "--max_steps", 4, "--log_interval", 1]
-    rows = {}
-    for compile in ("on", "off"):
-        result = run(*flags, "--compile", compile, "--out_dir", tmp_path / compile, digits=60)
-        assert result.returncode == 0 and result.stderr == ""
-        rows[compile] = [row["d_loss"] for row in read_rows(tmp_path / compile)]
-    assert rows["on"] == pytest.approx(rows["off"], rel=1e-5)
+def test_compiled_run_equals_an_eager_one_saves_plain_names_and_resumes_compiled(train, tmp_path, monkeypatch):
+    compiled, calls = speed.compiled, []
+    monkeypatch.setattr(speed, "compiled", lambda *args: calls.append(compiled(*args)) or calls[-1])
+    eager = train(*SMALL, "--max_steps", 6, "--compile", "off", "--out_dir", tmp_path / "off")
+    result = train(*SMALL, "--max_steps", 4, "--compile", "on", "--out_dir", tmp_path / "on")
+    assert eager.status == result.status == 0 and "Compile" not in result.err
+    assert train("--resume", tmp_path / "on", "--max_steps", 6).status == 0
+    ours, theirs = ([row["d_loss"] for row in read_rows(tmp_path / how)] for how in ("on", "off"))
+    assert ours == pytest.approx(theirs, rel=1e-5)  # the third batch of an epoch is smaller
+    assert len(calls) == 2 and all(calls)  # it was compiled, also after the resume
     load_network(tmp_path / "on" / "acgan_gen.pth")  # strict: names with _orig_mod. would not load
 
 
-def test_without_a_compiler_the_run_goes_on_and_says_why(run, tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", "/no/such/compiler")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    flags = ["--seed", 3, "--batch_size", 8, "--img_size", 16, "--max_steps", 2, "--log_interval", 1]
-    result = run(*flags, "--compile", "on", "--out_dir", tmp_path / "on")
-    assert result.returncode == 0
-    assert re.fullmatch(r"Compile: off, as it failed here: .+\n", result.stderr)
-    assert run(*flags, "--compile", "off", "--out_dir", tmp_path / "off").returncode == 0
-    assert read_rows(tmp_path / "on") == read_rows(tmp_path / "off")  # the attempt left no trace in the numbers
+def test_without_a_compiler_the_run_continues_and_says_why(start, train, tmp_path):
+    env = {"CXX": "/no/such/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    process = start(*SMALL, "--max_steps", 2, "--compile", "on", "--out_dir", tmp_path / "on", env=env)
+    _, err = process.communicate()
+    assert process.returncode == 0 and re.search(r"^Compile: off, as it failed here: .+$", err, re.MULTILINE)
+    assert train(*SMALL, "--max_steps", 2, "--compile", "off", "--out_dir", tmp_path / "off").status == 0
+    assert_same_run(tmp_path / "on", tmp_path / "off")  # the attempt left no trace in the numbers
 
 
-class Clock:
-    """A stand-in for time.perf_counter that the test moves."""
+def test_compiling_is_chosen_by_the_length_of_the_whole_run_on_one_cpu(train, tmp_path, monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [speed.choose_compile("auto", cpu, 1, n) for n in (4_999, 5_000)] == ["off", "on"]
+    assert speed.choose_compile("auto", cuda, 1, 10**6) == speed.choose_compile("auto", cpu, 2, 10**6) == "off"
+    asked = []
+    monkeypatch.setattr(speed, "BREAK_EVEN", 30)
+    monkeypatch.setattr(speed, "compiled", lambda networks, *_: asked.append(1))
+    flags = [*SMALL, "--out_dir", tmp_path]
+    assert train(*flags, "--max_steps", 20).status == 0 and not asked
+    assert train("--resume", tmp_path, "--max_steps", 40).status == 0 and not asked  # as before: so it stays exact
+    assert train("--resume", tmp_path, "--max_steps", 50, "--compile", "auto").status == 0 and asked
 
-    now = 0.0
 
-    def __call__(self):
-        return self.now
-
-
-@pytest.mark.parametrize(("compiled_seconds", "kept"), [(0.5, True), (1.5, False)])
-def test_auto_keeps_compiled_networks_only_if_they_are_faster(monkeypatch, capsys, compiled_seconds, kept):
-    clock = Clock()
-    monkeypatch.setattr(speed.time, "perf_counter", clock)
-    monkeypatch.setattr(speed.torch, "compile", lambda network, **_: copy.copy(network))
-    generator, discriminator = Generator(img_size=16), Discriminator(img_size=16)
-
-    def train_batch(used, _, indices):
-        clock.now += 1.0 if used is generator else compiled_seconds
-        return used is generator
-
-    indices = torch.arange(2)
-    call = speed.accelerate(train_batch, generator, discriminator, 2, 5_000, "auto", "off")
-    eager = [call(indices) for _ in range(60)]
-    assert eager == [True] * 25 + [False] * 25 + [not kept] * 10
-    assert ("not faster" in capsys.readouterr().err) is not kept
-    short = speed.accelerate(train_batch, generator, discriminator, 2, 4_999, "auto", "off")
-    assert all(short(indices) for _ in range(60))
+def test_resumed_run_has_the_threads_that_it_began_with(start, tmp_path):
+    for name, threads in [("straight", "2"), ("resumed", "2"), ("resumed", "1")]:
+        steps = 4 if (name, threads) == ("resumed", "2") else 8
+        resume = ["--resume"] if threads == "1" else SMALL
+        flags = [*resume, "--max_steps", steps, "--out_dir", tmp_path / name]
+        _, err = (process := start(*flags, env={"OMP_NUM_THREADS": threads})).communicate()
+        assert process.returncode == 0 and "bit-exactly" not in err, err
+    assert_same_run(tmp_path / "resumed", tmp_path / "straight")
 
 
 def test_bf16_keeps_the_gradient_of_a_sure_discriminator():
     discriminator = Discriminator(img_size=16)
-    speed.accelerate(None, Generator(img_size=16), discriminator, 8, 10, "off", "bf16")
+    speed.accelerate(None, Generator(img_size=16), discriminator, 8, "off", "bf16")
     discriminator.adv_layer[0].weight.data.zero_()
     discriminator.adv_layer[0].bias.data.fill_(7.0)
     validity, label = speed.in_bf16(discriminator)(torch.zeros(8, 1, 16, 16))
@@ -167,11 +147,10 @@ def test_bf16_keeps_the_gradient_of_a_sure_discriminator():
     assert label.dtype == torch.float32
 
 
-def test_bf16_trains_close_to_float32(run, tmp_path):
-    flags = ["--seed", 3, "--batch_size", 8, "--max_steps", 5, "--log_interval", 1]
+def test_bf16_trains_close_to_float32(train, tmp_path):
     rows = {}
     for amp in ("bf16", "off"):
-        assert run(*flags, "--amp", amp, "--out_dir", tmp_path / amp).returncode == 0
+        assert train(*SMALL, "--max_steps", 5, "--amp", amp, "--out_dir", tmp_path / amp).status == 0
         rows[amp] = [row["d_loss"] for row in read_rows(tmp_path / amp)]
     assert rows["bf16"] == pytest.approx(rows["off"], rel=2e-2)
     assert rows["bf16"] != rows["off"]

@@ -15,9 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from conftest import assert_same_run, read_board, read_rows
-
 from checkpoint import NEWEST, find_checkpoint
+from conftest import assert_same_run, read_board, read_rows
 
 FEW_DIGITS = Path(__file__).resolve().parent / "few_digits.py"
 FLAGS = ["--batch_size", "24", "--img_size", "16", "--log_interval", "1", "--sample_interval", "5", "--device", "cpu"]

@@ -1,4 +1,4 @@
-"""How good are generated images? Measures that look at images and labels, and never at the GAN's own opinion.
+"""The metrics: they look at images, labels and the judge's features, and never at the GAN's own opinion.
 
 Agreement, FID and same-class MS-SSIM after Odena et al. (arXiv:1610.09585) and Heusel et al. (arXiv:1706.08500);
 density and coverage: Naeem et al. (arXiv:2002.09797); classification accuracy score (CAS): Ravuri and Vinyals
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from judge import Judge, judge_images, train_classifier
+from evaluation.judge import Judge, judge_images, train_classifier
 from utils import BadInput
 
 NEAREST = 5  # k of density and coverage
@@ -21,7 +21,7 @@ MS_SSIM_SIGMA = 0.8  # pixels: a window of 7, where the usual 1.5 gives 11
 
 @dataclass
 class Judged:
-    """Images, the classes they were asked or labelled to be, and what the judge makes of them.
+    """Images, the classes they should show, and what the judge sees in them.
 
     images: uint8 (N, C, H, W); labels and recognised: int64 (N,); features: float32 (N, F).
     """
@@ -32,13 +32,13 @@ class Judged:
     recognised: torch.Tensor
 
     def of_class(self, label: int) -> "Judged":
-        """Those of one class."""
+        """Return those of one class."""
         at = self.labels == label
         return Judged(self.images[at], self.labels[at], self.features[at], self.recognised[at])
 
 
 def show_to(judge: Judge, images: torch.Tensor, labels: torch.Tensor) -> Judged:
-    """Have the judge look at images, uint8 (N, C, H, W), with labels, int64 (N,)."""
+    """Let the judge look at images, uint8 (N, C, H, W), with labels, int64 (N,)."""
     return Judged(images, labels, *judge_images(judge, images))
 
 
@@ -49,12 +49,12 @@ def check_torchmetrics(needed_by: str) -> None:
 
 
 def agreement(judged: Judged) -> float:
-    """Share of the images that are recognised as the class they were asked to be, in [0, 1]."""
+    """Return the share of the images that are recognised as the class they should show, in [0, 1]."""
     return (judged.recognised == judged.labels).double().mean().item()
 
 
 class PassThrough(torch.nn.Module):
-    """A "feature extractor" for torchmetrics that is handed features already."""
+    """A "feature extractor" for torchmetrics whose input already is features."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -65,9 +65,9 @@ class PassThrough(torch.nn.Module):
 
 
 def fid(real: torch.Tensor, fake: torch.Tensor) -> float:
-    """Fréchet distance between two sets of features, float32 (N, F) and (M, F); 0 is best.
+    """Return the Fréchet distance between two sets of features, float32 (N, F) and (M, F); 0 is best.
 
-    It depends on the feature space, so it compares only with another of the same judge.
+    It depends on the feature space, so compare it only with another of the same judge.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance  # here, as it takes seconds
 
@@ -77,11 +77,18 @@ def fid(real: torch.Tensor, fake: torch.Tensor) -> float:
     return max(metric.compute().item(), 0.0)  # in this order, nan stays nan
 
 
-def density_and_coverage(real: torch.Tensor, fake: torch.Tensor) -> tuple[float, float]:
-    """How well fakes lie among real features, and how much of the real set has fakes near it.
+def intra_fid(real: Judged, fake: Judged, n_classes: int) -> float:
+    """Return the mean of the classes' FIDs: it sees wrong classes and missing variety alike."""
+    parts = [(real.of_class(label), fake.of_class(label)) for label in range(n_classes)]
+    return sum(fid(ours.features, theirs.features) for ours, theirs in parts) / n_classes
 
-    Around each real image lies a ball that just reaches its k-th nearest real neighbour. Density: balls that a fake
-    lies in, on average, over k; about 1 for real images, and can exceed it. Coverage: share of the balls with a fake.
+
+def density_and_coverage(real: torch.Tensor, fake: torch.Tensor) -> tuple[float, float]:
+    """Measure how well fakes lie among real features, and how much of the real set has fakes near it.
+
+    Around each real image lies a ball that just reaches its k-th nearest real neighbour. Density is the mean number
+    of balls that a fake lies in, over k: about 1 for real images, and it can exceed 1. Coverage is the share of the
+    balls that hold a fake.
 
     Args:
         real, fake: features, float32 (N, F) and (M, F).
@@ -97,9 +104,9 @@ def density_and_coverage(real: torch.Tensor, fake: torch.Tensor) -> tuple[float,
 
 
 def same_class_ms_ssim(images: torch.Tensor, pairs: int, seed: int) -> float:
-    """Mean MS-SSIM over random pairs of the images of one class, in [0, 1]: the more alike, the higher.
+    """Return the mean MS-SSIM over random pairs of the images of one class, in [0, 1]: alike images score high.
 
-    The paper's measure of diversity, in a variant that fits 32 pixels: three scales and a Gaussian window of 7.
+    It is the paper's measure of diversity, in a variant that fits 32 pixels: three scales, a Gaussian window of 7.
 
     Args:
         images: uint8 (N, C, H, W), N at least 2.
@@ -120,14 +127,9 @@ def same_class_ms_ssim(images: torch.Tensor, pairs: int, seed: int) -> float:
 
 
 def classification_accuracy_score(images, labels, test_images, test_labels, epochs: int, seed: int, device) -> float:
-    """CAS: train a classifier on these images alone, test it on real ones; the share it gets right, in [0, 1].
+    """Return the CAS: train a classifier on these images alone, and test it on real ones; a share in [0, 1].
 
-    Args:
-        images, labels: the training set, uint8 (N, C, H, W) and int64 (N,).
-        test_images, test_labels: the real test set, likewise.
-        epochs: passes over the training set.
-        seed: of the classifier.
-        device: where to train.
+    Images are uint8 (N, C, H, W), labels int64 (N,); the other arguments are those of train_classifier.
     """
     n_classes = int(test_labels.max()) + 1
     classifier = train_classifier(images, labels, n_classes, epochs, seed, device, jitter=False)
@@ -135,18 +137,12 @@ def classification_accuracy_score(images, labels, test_images, test_labels, epoc
 
 
 def scores_by_class(real: Judged, fake: Judged, pairs: int, seed: int, n_classes: int) -> list[dict]:
-    """For each class: agreement, FID, density, coverage, MS-SSIM, of the fakes asked for against the real of it."""
-    rows = []
-    for label in range(n_classes):
-        real_part, fake_part = real.of_class(label), fake.of_class(label)
-        density, coverage = density_and_coverage(real_part.features, fake_part.features)
-        rows.append(
-            {
-                "agreement": agreement(fake_part),
-                "fid": fid(real_part.features, fake_part.features),
-                "density": density,
-                "coverage": coverage,
-                "ms_ssim": same_class_ms_ssim(fake_part.images, pairs, seed),
-            }
-        )
-    return rows
+    """Return agreement, FID, density, coverage and MS-SSIM of each class's fakes against its real images."""
+
+    def row(real: Judged, fake: Judged) -> dict[str, float]:
+        density, coverage = density_and_coverage(real.features, fake.features)
+        ms_ssim = same_class_ms_ssim(fake.images, pairs, seed)
+        scores = dict(agreement=agreement(fake), fid=fid(real.features, fake.features))
+        return scores | dict(density=density, coverage=coverage, ms_ssim=ms_ssim)
+
+    return [row(real.of_class(label), fake.of_class(label)) for label in range(n_classes)]

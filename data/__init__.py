@@ -1,0 +1,77 @@
+"""The training images, as bytes and labels, and shuffled batches of them.
+
+Imports only utils. builtin.py reads the known sets, folder.py a user's own images, batches.py makes the batches.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from data.builtin import SETS, load_builtin
+from data.folder import load_folder
+from utils import BadInput
+
+NAMES = ("mnist", *SETS, "folder")
+
+
+class LabelledImages(NamedTuple):
+    """A data set: images, uint8 (N, C, H, W); labels, int64 (N,); the classes' names, by label.
+
+    `in_memory` is False if the images are a file on the disk that PyTorch reads as if it were memory.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    classes: list[str]
+    in_memory: bool = True
+
+
+def check_data_root(name: str, data_root: Path | None) -> None:
+    """Raise BadInput unless `--data_root` fits the data set: MNIST does not read it, a folder needs it."""
+    if name == "mnist" and data_root is not None:
+        raise BadInput("argument --data_root: --dataset mnist does not read it; did you mean --dataset folder?")
+    if name == "folder" and data_root is None:
+        raise BadInput("argument --data_root: --dataset folder needs it; name the folder of your classes' folders")
+
+
+def load_dataset(
+    name: str, data_root: Path | None, img_size: int, n_cpu: int = 1, scratch: Path | None = None, train: bool = True
+) -> LabelledImages:
+    """Read a data set, each image resized with PIL as the tutorial's transform does.
+
+    Args:
+        name: one of NAMES.
+        data_root: the folder of the files, or of the classes' folders; unused for MNIST.
+        img_size: image side, pixels.
+        n_cpu: workers that decode a large folder; at most as many as this process has cores.
+        scratch: where a folder that exceeds the memory budget is decoded to; by default the system's temporary one.
+        train: True for the training images, False for the test images; a folder has no such parts.
+
+    Raises:
+        BadInput: a file is missing, corrupt or cannot be downloaded; or the disk or memory does not suffice.
+    """
+    if name == "folder":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        scratch = scratch or Path(tempfile.gettempdir())
+        return LabelledImages(*load_folder(data_root, img_size, min(n_cpu, cores), scratch))
+    return LabelledImages(*load_builtin(name, data_root, img_size, train))
+
+
+def load_train_and_test(
+    name: str, data_root: Path | None, test_root: Path | None, img_size: int
+) -> tuple[LabelledImages, LabelledImages]:
+    """Read both parts of a data set; the test images of a folder are in `test_root`. Raises BadInput."""
+    check_data_root(name, data_root)
+    if name != "folder":
+        if test_root is not None:
+            raise BadInput(f"argument --test_root: {name} has its own test images; it is for --dataset folder")
+        return load_dataset(name, data_root, img_size), load_dataset(name, data_root, img_size, train=False)
+    if test_root is None:
+        raise BadInput("argument --test_root: --dataset folder needs it; name a folder of images kept for testing")
+    train_set, test_set = (load_dataset(name, root, img_size, n_cpu=8) for root in (data_root, test_root))
+    if train_set.classes != test_set.classes or train_set.images.shape[1] != test_set.images.shape[1]:
+        raise BadInput(f"argument --test_root: {str(test_root)!r} has other classes or channels than --data_root")
+    return train_set, test_set

@@ -1,0 +1,86 @@
+"""Shuffled batches of real images, in the tutorial's order: one seed an epoch, plus a position."""
+
+import torch
+
+from utils import BadInput
+
+
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    """Map uint8 [0, 255] to float32 [-1, 1], bit for bit as ToTensor and then Normalize(0.5, 0.5) do."""
+    return images.to(torch.float32).div(255).sub(0.5).div(0.5)
+
+
+class Batches:
+    """Shuffled batches, drawn as the tutorial's `DataLoader(shuffle=True)` draws them.
+
+    An epoch takes the same numbers from torch's CPU stream as that loader: first a base seed for its workers, unused
+    here, then the sampler's seed, from which one permutation follows. The last, smaller batch is kept.
+
+    Args:
+        data: the training set; its images are copied to `device` once if they are in memory.
+        batch_size: images a batch, for each rank.
+        device: where the batches are needed.
+        ranks: training.distributed.Ranks, which share each batch; None for a single one.
+    """
+
+    def __init__(self, data, batch_size: int, device="cpu", ranks=None):
+        self.in_memory, self.device = data.in_memory, device
+        store = device if data.in_memory else "cpu"
+        self.images, self.labels = data.images.to(store), data.labels.to(store)
+        self.batch_size, self.ranks = batch_size, ranks
+        self.rank, self.world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
+        self.sampler_seed = 0
+        self.position = 0  # batches of the current epoch that were handed out; 0 between epochs
+
+    def __len__(self) -> int:
+        """Return the number of batches an epoch, the same for every rank."""
+        whole, rest = divmod(len(self.labels), self.batch_size * self.world_size)
+        # fewer images than ranks make no batch of their own: they join the last one
+        return whole + (rest >= self.world_size) if whole else 1
+
+    def check(self, img_size: int) -> None:
+        """Raise BadInput if the smallest batch of any rank is too small to train on."""
+        rest = len(self.labels) % (self.batch_size * self.world_size)
+        is_batch = rest >= self.world_size or len(self.labels) == rest
+        smallest = rest // self.world_size if is_batch else self.batch_size
+        if smallest == 0:
+            raise BadInput(f"argument --data_root: {len(self.labels)} images are too few for {self.world_size} ranks: "
+                           "add some")  # fmt: skip
+        if smallest == 1 and img_size == 16:  # D ends at a single pixel, whose batch norm needs two values
+            raise BadInput(f"argument --batch_size: {self.batch_size} leaves a batch of one image, but at --img_size "
+                           "16 D's batch norm needs two: change it")  # fmt: skip
+
+    def __iter__(self):
+        """Yield the indices of each batch of an epoch, int64 (B,), or of the rest of a restored one."""
+        if self.position == 0:
+            torch.empty((), dtype=torch.int64).random_()  # the loader's base seed
+            self.sampler_seed = int(torch.empty((), dtype=torch.int64).random_())
+            if self.ranks:
+                self.sampler_seed = self.ranks.broadcast(self.sampler_seed)
+        generator = torch.Generator().manual_seed(self.sampler_seed)
+        order = torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
+        starts = [self.batch_size * self.world_size * number for number in range(len(self))]
+        ends = [*starts[1:], None]
+        for number in range(self.position, len(self)):
+            self.position += 1
+            yield order[starts[number] : ends[number]][self.rank :: self.world_size]
+        self.position = 0
+
+    def gather(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the batch of these indices: float32 (B, C, H, W) in [-1, 1], and labels, int64 (B,)."""
+        return normalize(self.images[indices].to(self.device)), self.labels[indices].to(self.device)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the epoch's permutation, as its seed, and the position in it."""
+        return {"sampler_seed": self.sampler_seed, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where state_dict() was taken; the end of an epoch is the start of the next.
+
+        Raises:
+            ValueError: `state` is no position in an epoch.
+        """
+        if any(type(value) is not int for value in state.values()) or not 0 <= state["position"] <= len(self):
+            raise ValueError("no position in an epoch")
+        torch.Generator().manual_seed(state["sampler_seed"])  # raises for what is no seed
+        self.sampler_seed, self.position = state["sampler_seed"], state["position"] % len(self)

@@ -1,0 +1,130 @@
+"""MNIST, which is bundled, and Fashion-MNIST, KMNIST and CIFAR-10, which torchvision downloads."""
+
+import contextlib
+import gzip
+import io
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import datasets
+
+from utils import BadInput, on_terminal
+
+BUNDLED = Path(__file__).resolve().parent / "mnist"
+DOWNLOADS = Path(__file__).resolve().parent / "downloads"
+# for each of torchvision's sets: its class, its folder below data_root, and the files in it
+IDX = ["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz", "t10k-images-idx3-ubyte.gz",
+       "t10k-labels-idx1-ubyte.gz"]  # fmt: skip
+SETS = {
+    "fashion_mnist": (datasets.FashionMNIST, "FashionMNIST/raw", IDX),
+    "kmnist": (datasets.KMNIST, "KMNIST/raw", IDX),
+    "cifar10": (datasets.CIFAR10, ".", ["cifar-10-python.tar.gz"]),
+}
+AT_ONCE = 10_000  # images resized at a time
+
+
+def load_builtin(name: str, data_root: Path | None, img_size: int, train: bool):
+    """Read a known data set; the arguments are those of data.load_dataset.
+
+    Returns:
+        images, uint8 (N, C, img_size, img_size); labels, int64 (N,); the classes' names.
+
+    Raises:
+        BadInput: a file is missing, corrupt or cannot be downloaded.
+    """
+    files = IDX[:2] if train else IDX[2:]
+    if name == "mnist":
+        images, labels = (read_idx(BUNDLED / file, "restore it with 'git checkout data/mnist'") for file in files)
+        classes = [str(digit) for digit in range(10)]
+    else:
+        kind, folder, _ = SETS[name]
+        source = fetch(name, data_root or DOWNLOADS, train)
+        if source is None:
+            folder, hint = (data_root or DOWNLOADS) / folder, "delete it, and run again to download it"
+            images, labels = (read_idx(folder / file, hint) for file in files)
+        else:
+            images, labels = source.data, np.asarray(source.targets)
+        classes = list((source or kind).classes)
+    images = images if images.ndim == 4 else images[..., None]
+    if len(images) != len(labels) or labels.ndim != 1 or labels.max() >= len(classes):
+        raise BadInput(f"a file of {name} is corrupt: {len(images):,} images do not match {len(labels):,} labels")
+    if images.shape[1] != images.shape[2]:
+        raise BadInput(f"a file of {name} is corrupt: its images are not square")
+    return resize(images, img_size), torch.from_numpy(labels.astype(np.int64)), classes
+
+
+def read_idx(path: Path, hint: str) -> np.ndarray:
+    """Read an IDX file of bytes, gzipped or, without .gz in its name, unpacked; its checksum must be right.
+
+    Raises:
+        BadInput: the file is missing or corrupt; the line ends in `hint`.
+    """
+    plain = path.with_suffix("")
+    try:
+        unpacked = plain.exists() and not path.exists()
+        content = plain.read_bytes() if unpacked else gzip.decompress(path.read_bytes())
+        if content[:3] != b"\0\0\x08":
+            raise ValueError("it is not an IDX file of bytes")
+        shape = np.frombuffer(content, ">u4", content[3], offset=4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+    except FileNotFoundError as error:
+        raise BadInput(f"{path} is missing: {hint}") from error
+    except (OSError, EOFError, IndexError, ValueError, zlib.error) as error:
+        raise BadInput(f"{path} is corrupt or cannot be read ({error}): {hint}") from error
+
+
+def fetch(name: str, data_root: Path, train: bool):
+    """Download the files of a set unless they are there; return torchvision's data set, or None for IDX files.
+
+    Raises:
+        BadInput: the files cannot be downloaded or written, or are corrupt.
+    """
+    kind, folder, files = SETS[name]
+    folder = data_root / folder
+    if files == IDX and all((folder / file).exists() or (folder / file).with_suffix("").exists() for file in files):
+        return None
+    missing = [part for part in (folder, folder.parent) if not part.exists()]
+    put = f"put {', '.join(files)} into {str(folder)!r}"
+    try:
+        with contextlib.redirect_stderr(sys.stderr if on_terminal() else io.StringIO()):  # its progress bars
+            source = kind(data_root, train=train, download=True)
+        return None if files == IDX else source
+    except PermissionError as error:
+        raise BadInput(f"argument --data_root: cannot write to {str(folder)!r}: name another folder") from error
+    except Exception as error:  # torchvision raises a dozen kinds for a lost network and for corrupt files
+        for part in missing:
+            with contextlib.suppress(OSError):
+                part.rmdir()  # made by torchvision and left empty
+        raise BadInput(
+            f"{name} is missing or corrupt, and cannot be downloaded: connect this machine, or {put}"
+        ) from error
+
+
+def resize(images: np.ndarray, img_size: int) -> torch.Tensor:
+    """Resize images as PIL does one by one, but all at once.
+
+    PIL resizes along the width, rounds to bytes, then along the height. So many images, stacked into a single tall
+    one, come out with the same bytes if they are resized along the width, transposed, and resized again.
+
+    Args:
+        images: uint8 (N, h, w, C).
+        img_size: side of the result, pixels.
+
+    Returns:
+        uint8 (N, C, img_size, img_size).
+    """
+    n, _, _, channels = images.shape
+    resized = torch.empty(n, channels, img_size, img_size, dtype=torch.uint8)
+    for first in range(0, n, AT_ONCE):
+        for channel in range(channels):
+            chunk = images[first : first + AT_ONCE, :, :, channel]  # (n, h, w)
+            for _ in range(2):
+                stack = Image.fromarray(np.ascontiguousarray(chunk).reshape(-1, chunk.shape[2]))  # (n * h, w)
+                stack = stack.resize((img_size, stack.height), Image.Resampling.BILINEAR)
+                chunk = np.asarray(stack).reshape(len(chunk), -1, img_size).swapaxes(1, 2)  # (n, img_size, h)
+            resized[first : first + AT_ONCE, channel] = torch.from_numpy(np.ascontiguousarray(chunk))
+    return resized

@@ -1,0 +1,183 @@
+"""A user's own images: one folder a class, decoded once into memory or, beyond the memory budget, into a file."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets, transforms
+from torchvision.transforms import functional
+from tqdm import tqdm
+
+from utils import BadInput, announce, on_terminal
+
+MEMORY_SHARE = 0.25  # of the memory that the decoded images may take
+MANY = 2000  # images from which on workers decode a folder
+CHUNK = 64  # images that a worker decodes at a time
+FORMATS = ("PNG", "JPEG")  # whatever a file's name says: other readers of Pillow start programs
+GREY_MODES = {"1", "L", "LA", "I;16", "I"}
+
+
+def load_folder(root: Path, img_size: int, workers: int, scratch: Path):
+    """Read ROOT/CLASS/**/*.png or .jpg, grey if all of them are, else colour, cropped to a centred square.
+
+    `workers` processes decode MANY images or more; to a file in `scratch` if they exceed the memory budget.
+
+    Returns:
+        images, uint8 (N, C, img_size, img_size); labels, int64 (N,); the classes' names; True if in memory.
+
+    Raises:
+        BadInput: a folder cannot be read, a class is alone or empty, a file is no image, or the disk does not suffice.
+    """
+    paths, labels, classes = find_images(root)
+    grey = [is_grey(path) for path in paths]  # of all, as each header is checked
+    files = ImageFiles(paths, 1 if all(grey) else 3, img_size)
+    n_bytes = int(np.prod(files.shape, dtype=np.int64))
+    if n_bytes <= memory() * MEMORY_SHARE:
+        images = torch.empty(files.shape, dtype=torch.uint8)
+        for number, chunk in enumerate(decoded(files, workers)):
+            images[CHUNK * number : CHUNK * number + len(chunk)] = chunk
+        return images, labels, classes, True
+    size, free = (f"{n / 2**30:.1f} GiB" for n in (n_bytes, shutil.disk_usage(scratch).free))
+    if shutil.disk_usage(scratch).free < n_bytes:
+        raise BadInput(f"argument --data_root: the images take {size} at this size, and {str(scratch)!r} has {free}: "
+                       "free space there, or lower --img_size")  # fmt: skip
+    announce(f"Images: {size} at this size exceed the memory budget. They are decoded once, into a temporary file of "
+             f"{size} in {str(scratch)!r}.")  # fmt: skip
+    with tempfile.TemporaryFile(dir=scratch) as file:  # it has no name, so nothing is left behind
+        for chunk in decoded(files, workers):
+            file.write(chunk.numpy())
+        file.flush()
+        return torch.from_numpy(np.memmap(file, np.uint8, "c", shape=files.shape)), labels, classes, False
+
+
+def find_images(root: Path) -> tuple[list[str], torch.Tensor, list[str]]:
+    """Return the paths of all images, their labels, int64 (N,), and the classes' names. Raises BadInput."""
+    if not os.path.isdir(root):
+        raise BadInput(f"there is no folder {str(root)!r}: name one that holds a folder for each class")
+
+    def fail(error: OSError):
+        raise BadInput(f"cannot read {error.filename!r} ({error.strerror}): allow reading it or remove it") from error
+
+    seen = set()
+    for folder, _, _ in os.walk(root, onerror=fail, followlinks=True):
+        if os.path.realpath(folder) in seen:
+            raise BadInput(f"{folder!r} is a link to a folder that is read already: remove it")
+        seen.add(os.path.realpath(folder))
+    try:
+        found = VisibleFolders(root)
+    except FileNotFoundError as error:
+        raise BadInput(f"{str(root)!r}: {first_line(error)}: add .png or .jpg files, or remove the folder") from error
+    return [path for path, _ in found.samples], torch.tensor([label for _, label in found.samples]), found.classes
+
+
+class VisibleFolders(datasets.ImageFolder):
+    """An ImageFolder that skips hidden files and folders, such as .git, and reads PNG and JPEG."""
+
+    def __init__(self, root: Path):
+        super().__init__(root, is_valid_file=self.is_wanted)
+
+    def is_wanted(self, path: str) -> bool:
+        hidden = any(part.startswith(".") for part in Path(path).relative_to(self.root).parts)
+        return path.lower().endswith((".png", ".jpg", ".jpeg")) and not hidden
+
+    def find_classes(self, directory) -> tuple[list[str], dict[str, int]]:
+        entries = [entry for entry in os.scandir(directory) if entry.is_dir() and not entry.name.startswith(".")]
+        classes = sorted(entry.name for entry in entries)
+        if len(classes) < 2:
+            raise BadInput(f"{str(directory)!r} holds {len(classes)} folders of images, but two classes or more are "
+                           "needed: put each class's images into its own folder")  # fmt: skip
+        for name in classes:
+            if not name.isprintable():
+                raise BadInput(f"{name!r} cannot be printed as the name of a class: rename the folder")
+        return classes, {name: number for number, name in enumerate(classes)}
+
+
+def is_grey(path: str) -> bool:
+    """Return True if an image has no colour, by its header. Raises BadInput if it has none."""
+    try:
+        if not os.path.isfile(path):
+            raise ValueError("not a file")
+        with no_warnings(), Image.open(path, formats=FORMATS) as image:
+            return image.mode in GREY_MODES
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        empty = os.path.isfile(path) and os.path.getsize(path) == 0
+        what = "empty" if empty else "not a PNG or JPEG that can be read"
+        raise BadInput(f"{path!r} is {what}: replace or delete it") from error
+
+
+class ImageFiles(Dataset):
+    """Image files, decoded when they are asked for: uint8 (C, img_size, img_size), or BadInput as a value."""
+
+    def __init__(self, paths: list[str], channels: int, img_size: int):
+        self.paths, self.channels = paths, channels
+        self.shape = (len(paths), channels, img_size, img_size)
+        self.fit = transforms.Compose([transforms.Resize(img_size), transforms.PILToTensor()])
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> torch.Tensor | BadInput:
+        path = self.paths[index]
+        try:
+            with no_warnings(), Image.open(path, formats=FORMATS) as image:
+                image = to_mode(ImageOps.exif_transpose(image), self.channels)
+                return self.fit(functional.center_crop(image, min(image.size)))
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's readers raise a dozen kinds for garbage
+            return BadInput(f"{path!r} is corrupt, or not a PNG or JPEG ({first_line(error)}): replace or delete it")
+
+
+def decoded(files: ImageFiles, workers: int):
+    """Yield the images of `files` in order, CHUNK at a time. Raises BadInput for a corrupt file or a lost worker."""
+    loader = DataLoader(
+        files, CHUNK, num_workers=workers if len(files) >= MANY else 0, collate_fn=list, generator=torch.Generator()
+    )
+    try:
+        for chunk in tqdm(loader, "Reading", delay=1, disable=not on_terminal()):
+            for image in chunk:
+                if isinstance(image, BadInput):
+                    raise image
+            yield torch.stack(chunk)
+    except (RuntimeError, EOFError) as error:
+        raise BadInput("a worker that decodes images was lost, perhaps for want of memory: lower --n_cpu") from error
+
+
+@contextlib.contextmanager
+def no_warnings():
+    """Silence Pillow: a large picture is fine, and a corrupt one raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def to_mode(image: Image.Image, channels: int) -> Image.Image:
+    """Convert any mode to 8-bit grey or RGB: 16 bits are scaled down, transparency is laid on white."""
+    if image.mode in ("I;16", "I"):
+        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def memory() -> float:
+    """Return the bytes of memory of this machine, or of its container if less; infinite if unknown."""
+    sizes = [float("inf")]
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with contextlib.suppress(ValueError, OSError):
+        sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))  # "max" if there is no limit
+    return min(sizes)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error, or its kind if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

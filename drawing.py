@@ -1,0 +1,77 @@
+"""Draw with G: the noise and labels of the training, the tutorial's sample grid, and images in eval mode."""
+
+import numpy as np
+import torch
+
+from models import Generator
+
+CHUNK = 500  # images drawn at a time
+
+
+def draw_noise(n: int, latent_dim: int, device: torch.device) -> torch.Tensor:
+    """Draw z ~ N(0, 1), float32 (n, latent_dim): on the CPU from NumPy's stream, as the tutorial does."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.random.normal(0, 1, (n, latent_dim))).float()
+    return torch.randn(n, latent_dim, device=device)
+
+
+def draw_labels(n: int, n_classes: int, device: torch.device) -> torch.Tensor:
+    """Draw classes, uniform in [0, n_classes), int64 (n,), from the same stream as the noise."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.random.randint(0, n_classes, n)).long()
+    return torch.randint(n_classes, (n,), device=device)
+
+
+@torch.no_grad()
+def sample_image(generator, n_classes: int, latent_dim: int, device) -> torch.Tensor:
+    """Draw 10 rows of every class, one column a class: float32 (10 * n_classes, C, H, W) in [-1, 1].
+
+    G stays in train mode, so drawing uses the batch's statistics and moves the running ones: a quirk, kept.
+    """
+    z = draw_noise(10 * n_classes, latent_dim, device)
+    labels = torch.arange(n_classes, device=device).repeat(10)
+    return generator(z, labels)
+
+
+def fixed_noise(n_classes: int, latent_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return z and labels of a grid of 10 rows and one column a class, equal in every run.
+
+    No random stream of the training is used.
+    """
+    z = torch.randn(10 * n_classes, latent_dim, generator=torch.Generator().manual_seed(0))
+    return z, torch.arange(n_classes).repeat(10)
+
+
+@torch.no_grad()
+def draw_images(generator: Generator, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Draw G(z | y) in eval mode: each image depends only on its own z and y, and G stays as it is.
+
+    Args:
+        generator: on any device; keeps its mode.
+        z: float32 (N, latent_dim), on any device.
+        labels: int64 (N,), on any device.
+
+    Returns:
+        Images, float32 (N, C, H, W) in [-1, 1], on the CPU.
+    """
+    device, mode = next(generator.parameters()).device, generator.training
+    generator.eval()
+    try:
+        chunks = zip(z.split(CHUNK), labels.split(CHUNK), strict=True)
+        return torch.cat([generator(z.to(device), y.to(device)).cpu() for z, y in chunks])
+    finally:
+        generator.train(mode)
+
+
+def draw_set(generator: Generator, labels: torch.Tensor, seed: int) -> torch.Tensor:
+    """Draw an image for each of `labels`, int64 (N,), as bytes: uint8 (N, C, H, W) in [0, 255].
+
+    The noise comes from `seed` alone and is drawn on the CPU, so it is the same on every device.
+    """
+    noise = torch.Generator().manual_seed(seed)
+    chunks = []
+    for chunk in labels.split(CHUNK):
+        z = torch.randn(len(chunk), generator.config["latent_dim"], generator=noise)
+        imgs = draw_images(generator, z, chunk)
+        chunks.append(imgs.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8))
+    return torch.cat(chunks)

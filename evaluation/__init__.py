@@ -1,0 +1,4 @@
+"""How good are generated images? A judge of real images, the metrics on what it sees, and the scorecard.
+
+Imports only utils, models and data.
+"""

@@ -1,0 +1,116 @@
+"""The judge: a small classifier of real images. It recognises generated ones and supplies the metrics' features."""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from data.batches import normalize
+from models import load_network
+from utils import on_terminal
+
+BUNDLED = Path(__file__).resolve().parent.parent / "weights" / "judge.pth"
+CHUNK = 500  # images judged at a time
+
+
+class Judge(nn.Module):
+    """A convolutional classifier; its features are the 128 means that its last layer reads.
+
+    Args:
+        n_classes: number of classes.
+        img_size: side of the images it was trained on, pixels.
+        channels: image channels.
+    """
+
+    def __init__(self, n_classes: int = 10, img_size: int = 32, channels: int = 1):
+        super().__init__()
+        self.config = dict(n_classes=n_classes, img_size=img_size, channels=channels)
+        self.classes = [str(label) for label in range(n_classes)]  # the data set's names replace these
+
+        def block(in_filters, out_filters, kernel_size, stride):
+            conv = nn.Conv2d(in_filters, out_filters, kernel_size, stride, kernel_size // 2, bias=False)
+            return [conv, nn.BatchNorm2d(out_filters), nn.ReLU(inplace=True)]
+
+        self.features = nn.Sequential(  # (B, channels, s, s), s = img_size
+            *block(channels, 32, 5, 2),  # (B, 32, s/2, s/2)
+            *block(32, 64, 3, 1),
+            *block(64, 64, 3, 2),  #       (B, 64, s/4, s/4)
+            *block(64, 96, 3, 1),
+            nn.Dropout2d(0.1),
+            *block(96, 128, 3, 2),  #      (B, 128, s/8, s/8)
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        self.head = nn.Linear(128, n_classes)
+
+    def forward(self, img: torch.Tensor) -> torch.Tensor:
+        """Map images, float32 (B, channels, s, s) in [-1, 1], to class logits, float32 (B, n_classes)."""
+        return self.head(self.features(img))
+
+
+def load_judge(path: Path | None, device="cpu") -> Judge:
+    """Return the judge of a weight file, or the bundled one, in eval mode. Raises BadInput."""
+    return load_network(path or BUNDLED, device, kinds=(Judge,)).eval()
+
+
+@torch.no_grad()
+def judge_images(judge: Judge, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Judge images, uint8 (N, C, H, W), in eval mode.
+
+    Returns:
+        features, float32 (N, 128), and recognised classes, int64 (N,), both on the CPU.
+    """
+    judge.eval()
+    device = next(judge.parameters()).device
+    features = [judge.features(normalize(chunk.to(device))) for chunk in images.split(CHUNK)]
+    return torch.cat(features).cpu(), torch.cat([judge.head(chunk).argmax(1) for chunk in features]).cpu()
+
+
+def train_classifier(images, labels, n_classes: int, epochs: int, seed: int, device, jitter: bool) -> Judge:
+    """Train a Judge and return it in eval mode: AdamW, one cycle of the learning rate, batches of 128.
+
+    Args:
+        images, labels: uint8 (N, C, H, W) and int64 (N,).
+        n_classes, epochs, device: the number of classes, the passes over the images, and where to train.
+        seed: of the initial weights, the order and the jitter; the caller's random streams stay as they are.
+        jitter: turn, scale and shift each image a little, differently in each pass.
+    """
+    device, batch_size = torch.device(device), min(128, len(labels))
+    images, labels = images.to(device), labels.to(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        judge = Judge(n_classes, images.shape[-1], images.shape[1]).to(device, memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.01, fused=True)
+        steps = epochs * (len(labels) // batch_size)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.006, total_steps=steps)
+        bar = tqdm(total=steps, desc="Training a classifier", unit="batch", leave=False, disable=not on_terminal())
+        for _ in range(epochs):
+            for indices in torch.randperm(len(labels)).to(device).split(batch_size)[: len(labels) // batch_size]:
+                batch = normalize(images[indices])
+                if jitter:
+                    batch = jittered(batch)
+                logits = judge(batch.contiguous(memory_format=torch.channels_last))
+                loss = F.cross_entropy(logits, labels[indices], label_smoothing=0.1)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.update()
+        bar.close()
+    return judge.eval()
+
+
+def jittered(imgs: torch.Tensor) -> torch.Tensor:
+    """Turn each image by up to 10 degrees, scale and shear it by up to 10 %, shift it by up to 6 % of its side."""
+
+    def uniform(bound):
+        return (torch.rand(len(imgs)) * 2 - 1) * bound
+
+    angle, scale, shear = uniform(math.radians(10)), 1 + uniform(0.1), uniform(0.1)
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    rows = [torch.stack([cos, shear - sin, uniform(0.12)], 1), torch.stack([sin, cos, uniform(0.12)], 1)]
+    grid = F.affine_grid(torch.stack(rows, 1).to(imgs.device), imgs.shape, align_corners=False)
+    return F.grid_sample(imgs + 1, grid, align_corners=False) - 1  # outside is 0, black is -1

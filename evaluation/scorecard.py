@@ -1,0 +1,254 @@
+"""The scorecard of generated images, each figure beside that of real ones; and scores of G during its training."""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data import LabelledImages
+from drawing import draw_set
+from evaluation import metrics
+from evaluation.judge import BUNDLED, Judge, load_judge
+from evaluation.metrics import (
+    Judged,
+    agreement,
+    fid,
+    show_to,
+)
+from models import Discriminator, Generator
+from utils import BadInput, announce, load_data
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Images a class that each metric takes, the passes of CAS over its own, and pairs a class for MS-SSIM."""
+
+    scored: int
+    cas: int
+    cas_epochs: int
+    pairs: int
+
+
+QUICK = Counts(scored=1000, cas=3000, cas_epochs=2, pairs=200)
+FULL = Counts(scored=5000, cas=5000, cas_epochs=5, pairs=1000)
+GOOD_JUDGE = 0.95  # of the real images recognised; a judge below it measures itself
+FEW_IMAGES = 1000  # a covariance of 128 features from fewer is too noisy for an FID
+
+# key, its name in the table, which way is good, and its format
+ROWS = [
+    ("agreement", "label agreement", "up", "{:.2%}"),
+    ("fid", "FID, in the judge's features", "down", "{:.3f}"),
+    ("intra_fid", "intra-FID, mean of the classes", "down", "{:.3f}"),
+    ("density", "density", "up", "{:.3f}"),
+    ("coverage", "coverage", "up", "{:.3f}"),
+    ("ms_ssim", "same-class MS-SSIM", "as real", "{:.3f}"),
+    ("cas", "CAS", "up", "{:.2%}"),
+]
+CLASS_ROWS = [row for row in ROWS if row[0] in ("agreement", "fid", "density", "coverage", "ms_ssim")]
+
+
+def balanced(images, labels, per_class: int, n_classes: int, seed: int):
+    """Take `per_class` random images and labels of each class, the classes in turn, or as many as the smallest has.
+
+    Raises:
+        BadInput: a class has fewer than two images.
+    """
+    counts = torch.bincount(labels, minlength=n_classes)
+    if counts.min() < 2:
+        raise BadInput(
+            f"class number {int(counts.argmin())} has {int(counts.min())} real images: add some, as two are needed"
+        )
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    per_class = min(per_class, int(counts.min()))
+    by_class = [order[labels[order] == label][:per_class] for label in range(n_classes)]
+    indices = torch.stack(by_class, 1).flatten()
+    return images[indices], labels[indices]
+
+
+def collapsed(generated: float, real: float) -> bool:
+    """Return True if a class's MS-SSIM is over a quarter of the way from that of real images to 1, that of one."""
+    return generated > real + (1 - real) / 4
+
+
+def score(images, labels, real: Judged, judge: Judge, counts: Counts, seed: int = 0, device="cpu"):
+    """Score images against the real test set.
+
+    Args:
+        images, labels: uint8 (N, C, H, W) and int64 (N,), the classes in turn, N at least what `counts` says.
+        real: the test set.
+        judge, device: of these classes, and where to train the CAS classifier.
+        counts, seed: images for each metric, and the seed of the pairs and of the CAS classifier.
+
+    Returns:
+        The scores by their key in ROWS, and a list of the same for each class.
+    """
+    n_classes = judge.config["n_classes"]
+    n_scored, n_cas = counts.scored * n_classes, counts.cas * n_classes
+    shown = show_to(judge, images[:n_scored], labels[:n_scored])
+    by_class = metrics.scores_by_class(real, shown, counts.pairs, seed, n_classes)
+    density, coverage = metrics.density_and_coverage(real.features, shown.features)
+    cas_set = images[:n_cas], labels[:n_cas], real.images, real.labels
+    scores = {
+        "agreement": agreement(shown),
+        "fid": fid(real.features, shown.features),
+        "intra_fid": sum(row["fid"] for row in by_class) / n_classes,
+        "density": density,
+        "coverage": coverage,
+        "ms_ssim": sum(row["ms_ssim"] for row in by_class) / n_classes,
+        "cas": metrics.classification_accuracy_score(*cas_set, counts.cas_epochs, seed, device),
+    }
+    return scores, by_class
+
+
+def scorecard(images, labels, train_set, test_set, judge: Judge, counts: Counts, seed: int = 0, device="cpu") -> dict:
+    """Score images beside the real floor: as many training images, scored the same way against the test set.
+
+    The judge was trained on the training images. So the floor of the agreement is that of the test images.
+
+    Args:
+        images, labels, judge, counts, seed, device: as for `score`.
+        train_set, test_set: real images and labels, in any order.
+
+    Returns:
+        {"scores": {metric: {"generated": x, "real": y}}, "by_class": {name: the same}, "warnings": [...]}.
+
+    Raises:
+        BadInput: a class has fewer than two real images.
+    """
+    n_classes = judge.config["n_classes"]
+    balanced(*test_set, 2, n_classes, seed)  # raises for a class without images
+    real = show_to(judge, *test_set)
+    floor_set = balanced(*train_set, max(counts.scored, counts.cas), n_classes, seed)
+    generated, generated_rows = score(images, labels, real, judge, counts, seed, device)
+    floor, floor_rows = score(*floor_set, real, judge, counts, seed, device)
+    floor["agreement"] = agreement(real)
+    for label, row in enumerate(floor_rows):
+        row["agreement"] = agreement(real.of_class(label))
+
+    def side_by_side(ours, theirs):
+        return {name: {"generated": ours[name], "real": theirs[name]} for name in ours}
+
+    rows = zip(judge.classes, generated_rows, floor_rows, strict=True)
+    by_class = {name: side_by_side(ours, theirs) for name, ours, theirs in rows}
+    warnings = [
+        f"class {name} has collapsed: its images are too much alike"
+        for name, row in by_class.items()
+        if collapsed(**row["ms_ssim"])
+    ]
+    if floor["agreement"] < GOOD_JUDGE:
+        warnings.append(f"the judge recognises only {floor['agreement']:.1%} of the real test images: train a better "
+                        "one with train_judge.py")  # fmt: skip
+    if len(real.labels) < FEW_IMAGES:
+        warnings.append(f"only {len(real.labels):,} test images: FID, density and coverage are uncertain")
+    return {"scores": side_by_side(generated, floor), "by_class": by_class, "warnings": warnings}
+
+
+def table(card: dict) -> str:
+    """Return the scorecard of evaluate.py as text of at most 80 columns."""
+    lines = [
+        f"{card['weights']}: {card['images']:,} images, seed {card['seed']}, beside real training images,",
+        f"both against the {card['test_images']:,} test images. FID, density and coverage use",
+        f"{card['feature_space']}",
+        "",
+        f"{'':34}{'good':>8}{'generated':>12}{'real':>10}",
+    ]
+    for key, name, good, form in ROWS:
+        values = card["scores"][key]
+        lines.append(f"{name:34}{good:>8}{form.format(values['generated']):>12}{form.format(values['real']):>10}")
+    lines += ["", f"{'class':12}" + "".join(f"{key.replace('_', '-'):>13}" for key, *_ in CLASS_ROWS)]
+    for name, row in card["by_class"].items():
+        cells = [
+            f"{short(row[key]['generated'], form)} ({short(row[key]['real'], form)})" for key, *_, form in CLASS_ROWS
+        ]
+        lines.append(f"{name[:12]:<12}" + "".join(f"{cell:>13}" for cell in cells))
+    lines += ["", "In brackets: real images; agreement in %. CAS: a classifier trained on these",
+              "images alone, tested on real ones."]  # fmt: skip
+    lines += [f"Warning: {warning}." for warning in card["warnings"]]
+    return "\n".join(lines)
+
+
+def short(value: float, form: str) -> str:
+    """Return a figure of the class table: a share in percent, all else with two decimals."""
+    return f"{100 * value:.1f}" if form.endswith("%}") else f"{value:.2f}"
+
+
+def check_judge(judge: Judge, classes: list[str], img_size: int, channels: int) -> None:
+    """Raise BadInput unless the judge was trained for images of these classes, this size and these channels."""
+
+    def kind(names, size, channels):
+        some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        return f"{len(names)} classes ({some}) in {'grey' if channels == 1 else 'colour'}, {size} pixels"
+
+    knows = judge.classes, judge.config["img_size"], judge.config["channels"]
+    if knows != (classes, img_size, channels):
+        raise BadInput(f"argument --judge: it knows {kind(*knows)}, but the generator draws "
+                       f"{kind(classes, img_size, channels)}: train one with train_judge.py")  # fmt: skip
+
+
+class EpochScorer:
+    """Scores the EMA of G every so many batches of a training, and keeps the best one.
+
+    The images are compared with real *training* images, so that the test images play no part in the choice. The best
+    has the lowest intra-FID. Scoring uses no random stream of the training.
+
+    Args:
+        interval: batches between scores; None for no scores at all.
+        judge_path: weight file of the judge; None for the bundled one.
+        data: the training set.
+        device: where to compute.
+
+    Raises:
+        BadInput: torchmetrics or the judge is missing, or the judge is for other images.
+    """
+
+    SCORED = 1000  # images of each class
+
+    def __init__(self, interval: int | None, judge_path: Path | None, data: LabelledImages, device):
+        self.interval = interval
+        if interval is None:
+            return
+        metrics.check_torchmetrics("argument --eval_interval")
+        self.judge = load_judge(judge_path, device)
+        check_judge(self.judge, data.classes, data.images.shape[-1], data.images.shape[1])
+        self.judge_sha256 = hashlib.sha256((judge_path or BUNDLED).read_bytes()).hexdigest()
+        self.n_classes = len(data.classes)
+        self.real = show_to(self.judge, *balanced(data.images, data.labels, self.SCORED, self.n_classes, seed=0))
+        recognised = agreement(self.real)
+        if recognised < GOOD_JUDGE:
+            announce(f"Warning: the judge recognises only {recognised:.1%} of the real training images; its scores "
+                     "mean little.")  # fmt: skip
+
+    def if_due(self, step: int, record, ema: Generator, discriminator: Discriminator) -> None:
+        """Score the EMA if it is due after `step` batches.
+
+        `record`, a training.record.RunRecord, notes the scores, and keeps the networks if they are the best so far.
+        """
+        if self.interval is None or step % self.interval:
+            return
+        scores = self.score(ema)
+        record.scores(step - 1, scores)
+        best = scores["intra_fid"] < self.lowest_intra_fid(record.best_generator)
+        if best:
+            record.best(ema, discriminator, scores={"step": step - 1} | scores, judge_sha256=self.judge_sha256)
+        text = f"agreement {scores['agreement']:.2%}, FID {scores['fid']:.3f}, intra-FID {scores['intra_fid']:.3f}"
+        announce(f"After batch {step - 1}: {text}{', the best so far' if best else ''}.")
+
+    def score(self, generator: Generator) -> dict[str, float]:
+        """Return label agreement, FID and intra-FID of images from the same noise every time."""
+        labels = torch.arange(self.n_classes).repeat(self.SCORED)
+        drawn = show_to(self.judge, draw_set(generator, labels, seed=0), labels)
+        return {
+            "agreement": agreement(drawn),
+            "fid": fid(self.real.features, drawn.features),
+            "intra_fid": metrics.intra_fid(self.real, drawn, self.n_classes),
+        }
+
+    def lowest_intra_fid(self, best_generator: Path) -> float:
+        """Return that of the best G kept so far; infinite if there is none, or another judge scored it."""
+        try:
+            packed = load_data(best_generator)
+            return packed["scores"]["intra_fid"] if packed["judge_sha256"] == self.judge_sha256 else math.inf
+        except (OSError, ValueError, KeyError, TypeError):
+            return math.inf

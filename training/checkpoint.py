@@ -1,0 +1,250 @@
+"""Checkpoints: all that a run needs to resume bit-exactly, written so that no fault loses it."""
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils import BadInput, Diverged, announce, as_data, atomic_write, load_data, out_of_memory
+
+NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+FORMAT, OLD_FORMATS = "acgan checkpoint 2", ("acgan checkpoint 1",)
+KEYS = ("step", "finished", "options", "random", "parts")
+OPTIONS = {"seed", "world_size", "classes", "n_images", "labels_crc32"}  # those that acgan.py relies on
+PARTS = ("generator", "discriminator", "optimizer_G", "optimizer_D", "batches", "ema")
+
+
+class Checkpoints:
+    """Writes `checkpoint.pt` in a run's folder; `restore` is its other half.
+
+    Args:
+        opt: the run's options.
+        device: where the run trains; its random state is kept too.
+        record: the RunRecord; what it has written is flushed to the disk before a checkpoint.
+        parts: objects with state_dict(), by the names in PARTS.
+    """
+
+    SECONDS = 120
+
+    def __init__(self, opt, device: torch.device, record, parts: dict):
+        self.out_dir, self.interval = opt.out_dir, opt.checkpoint_interval
+        self.options, self.parts = as_data(opt), parts
+        self.device, self.record = device, record
+        self.newest_is_good = False  # a corrupt one must not replace a good one
+        with contextlib.suppress(OSError, ValueError):
+            load_data(opt.out_dir / NEWEST)
+            self.newest_is_good = True
+        self.last_time = time.monotonic()
+
+    def save_if_due(self, step: int) -> None:
+        """Write a checkpoint after `step` batches, if one is due; if that fails, warn, and try at the next."""
+        late = time.monotonic() - self.last_time >= self.SECONDS
+        if not (late if self.interval is None else step % self.interval == 0):
+            return
+        try:
+            self.save(step)
+        except OSError as error:
+            announce(f"Warning: no checkpoint after batch {step - 1} ({error.strerror or error}): "
+                     "training continues, and the earlier one is kept.")  # fmt: skip
+        self.last_time = time.monotonic()
+
+    def save(self, step: int, finished: bool = False) -> None:
+        """Write a checkpoint after `step` batches; the one before becomes checkpoint.previous.pt.
+
+        Raises:
+            Diverged: a number in the state is not finite; nothing is written.
+            OSError: it cannot be written; the earlier ones are kept.
+        """
+        if not self.record.writes:  # a rank other than 0
+            return
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        packed = dict(format=FORMAT, step=step, finished=finished, options=self.options,
+                      random=random_state(self.device), parts=parts)  # fmt: skip
+        if not all_finite(parts):
+            raise Diverged(f"the networks are no longer finite after batch {step - 1}")
+        self.record.flush()
+        new, newest = self.out_dir / "checkpoint.new.pt", self.out_dir / NEWEST
+        atomic_write(new, lambda file: torch.save(packed, file))
+        if self.newest_is_good and newest.exists():
+            os.replace(newest, self.out_dir / PREVIOUS)
+        os.replace(new, newest)
+        self.newest_is_good = True
+        sync_folder(self.out_dir)
+
+    def finish(self, step: int, finished: bool) -> None:
+        """Write the last checkpoint and the weights; each is tried even if the other fails. Raises as save does."""
+        networks = [self.parts[name] for name in ("generator", "discriminator", "ema")]
+        try:
+            self.save(step, finished)
+        except OSError:
+            self.record.finish(*networks)
+            raise
+        self.record.finish(*networks)
+        self.record.say_end(finished)
+
+
+def restore(checkpoint: dict, parts: dict, device: torch.device) -> int:
+    """Set all parts and the random states to what a checkpoint holds, and return its number of batches done.
+
+    Raises:
+        BadInput: the checkpoint does not fit its own options.
+    """
+    try:
+        for name, part in parts.items():
+            state = checkpoint["parts"][name]
+            if isinstance(part, torch.optim.Optimizer):
+                check_moments(state["state"], part)
+                state = {"state": state["state"], "param_groups": part.state_dict()["param_groups"]}  # of the options
+            part.load_state_dict(state)
+        name = "position in the data"
+        if parts["batches"].position != checkpoint["step"] % len(parts["batches"]):
+            raise ValueError("not that of its number of batches")
+        name = "random state"
+        exact = restore_random_state(checkpoint["random"], device)
+    except Exception as error:  # the file's checksums were right, so it was made so
+        if out_of_memory(error):
+            raise
+        raise BadInput(
+            f"argument --resume: the checkpoint's {name} does not fit its options: use another one"
+        ) from error
+    if not exact:
+        announce(f"The checkpoint is from another device or number of threads than {device} has here: the run "
+                 "resumes, but not bit-exactly.")  # fmt: skip
+    return checkpoint["step"]
+
+
+def check_moments(state: dict, optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError unless `state` has Adam's moments for each parameter: PyTorch does not check their sizes."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if sorted(state) != list(range(len(parameters))):
+        raise ValueError("moments of other parameters")
+    for number, parameter in enumerate(parameters):
+        for name in ("exp_avg", "exp_avg_sq"):
+            moment = state[number][name]
+            if moment.shape != parameter.shape or moment.dtype != parameter.dtype:
+                raise ValueError(f"{name} of another size or type")
+        if not 0 <= float(state[number]["step"]) < 2**31:
+            raise ValueError("no number of steps")
+
+
+def read_checkpoint(folder: Path, quiet: bool = False) -> dict:
+    """Read the newest checkpoint of a run's folder as data, never as code; if it is corrupt, the previous one.
+
+    Returns:
+        What Checkpoints.save wrote, and under "file" the path that was read.
+
+    Raises:
+        BadInput: there is none, or none that can be read.
+    """
+    paths = [folder / name for name in (NEWEST, PREVIOUS) if (folder / name).exists()]
+    if not paths:
+        raise BadInput(f"argument --resume: there is no {NEWEST} in {str(folder)!r}: name the folder of a run")
+    for path in paths:
+        try:
+            packed = load_data(path)
+            old = packed["format"] in OLD_FORMATS
+            if not old and is_complete(packed):
+                if path.name == PREVIOUS and not quiet:
+                    announce(f"{folder / NEWEST} is corrupt or missing: resuming from {PREVIOUS} instead.")
+                return {key: packed[key] for key in KEYS} | {"file": path}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+        if old:
+            raise BadInput(f"argument --resume: {str(path)!r} is from an older version of this script: resume it with "
+                           "that version, or start a new run elsewhere")  # fmt: skip
+    raise BadInput(f"argument --resume: {str(paths[0])!r} is corrupt, or is not a checkpoint of this script: "
+                   "name another run")  # fmt: skip
+
+
+def is_complete(packed: dict) -> bool:
+    """Return True if a file holds all parts of a checkpoint of today's format. Raises what is wrong otherwise."""
+    counts = packed["step"], packed["options"]["seed"]
+    return (
+        packed["format"] == FORMAT
+        and all(type(count) is int and count >= 0 for count in counts)
+        and packed["options"].keys() >= OPTIONS
+        and packed["parts"].keys() >= set(PARTS)
+    )
+
+
+def describe_last(folder: Path) -> str:
+    """Return the place of the last good checkpoint in `folder`, in words."""
+    try:
+        checkpoint = read_checkpoint(folder, quiet=True)
+    except BadInput:
+        return "there is no checkpoint yet"
+    return f"the last good checkpoint is {checkpoint['file']}, after batch {checkpoint['step'] - 1}"
+
+
+def check_nothing_unfinished(out_dir: Path) -> None:
+    """Raise BadInput if a new run in `out_dir` would drop one that is not finished."""
+    if not any((out_dir / name).exists() for name in (NEWEST, PREVIOUS)):
+        return
+    try:
+        checkpoint = read_checkpoint(out_dir, quiet=True)
+    except BadInput:
+        checkpoint = {"finished": False, "step": "unknown"}
+    if not checkpoint["finished"]:
+        raise BadInput(f"argument --out_dir: {str(out_dir)!r} holds an unfinished run (batches done: "
+                       f"{checkpoint['step']}): add --resume to continue it, name another folder, or delete its "
+                       "checkpoints")  # fmt: skip
+
+
+def random_state(device: torch.device) -> dict:
+    """Return all random states, as tensors and numbers: PyTorch's on the CPU and on `device`, and NumPy's."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": {"keys": torch.from_numpy(keys.astype(np.int64)), "rest": [kind, position, has_gauss, cached]},
+        "device": device.type,
+        "threads": torch.get_num_threads(),  # sums on a CPU are split among them
+    }
+    if device.type != "cpu":
+        state["on_device"] = getattr(torch, device.type).get_rng_state()
+    return state
+
+
+def restore_random_state(state: dict, device: torch.device) -> bool:
+    """Undo random_state; return False if another device or number of threads rules out an exact continuation."""
+    torch.set_rng_state(state["torch"])
+    kind, *rest = state["numpy"]["rest"]
+    if not 0 <= rest[0] <= 624:  # NumPy does not check before it reads there
+        raise ValueError("no position in NumPy's random numbers")
+    np.random.set_state((kind, state["numpy"]["keys"].numpy().astype(np.uint32), *rest))
+    if state["device"] != device.type:
+        return False
+    if device.type == "cpu":
+        return state["threads"] == torch.get_num_threads()
+    getattr(torch, device.type).set_rng_state(state["on_device"])
+    return True
+
+
+def all_finite(state) -> bool:
+    """Return True if every floating-point tensor in nested dicts and lists is finite; waits for the device once."""
+
+    def tensors(value):
+        if isinstance(value, torch.Tensor):
+            if value.is_floating_point():
+                yield value
+        elif isinstance(value, dict | list | tuple):
+            for part in value.values() if isinstance(value, dict) else value:
+                yield from tensors(part)
+
+    by_device = {}
+    for tensor in tensors(state):
+        by_device.setdefault(tensor.device, []).append(torch.isfinite(tensor).all())
+    return all(bool(torch.stack(flags).all()) for flags in by_device.values())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` survive a power cut, where the system can (not on Windows)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,337 @@
+"""What a run shows and records: bars, sample grids, TensorBoard, metrics.jsonl, config.json, weights and a film."""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, ImageDraw
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+from models import save_network
+from training import run_folder
+from training.distributed import explain
+from utils import Diverged, announce, as_data, atomic_write, on_terminal, print_line
+
+LOOK_INTERVAL = 0.3  # seconds between two readings of the figures for the bar
+FILM_FRAMES = 60  # at most
+FILM_MILLISECONDS, FILM_LAST_MILLISECONDS = 150, 3000  # how long each frame is shown, and the last one
+CAPTION = 14  # pixels above a frame of the film
+
+
+class SilentRecord:
+    """The record of a rank other than 0: it only counts the batches, to name the one that a failure occurs in."""
+
+    writes = False
+
+    def __init__(self, opt, device, steps_per_epoch: int, step: int):
+        self.step = step  # the batch in progress, or the next one
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        explain(error, self.step)
+
+    def progress(self, epoch: int, batches):
+        """Yield from `batches` of an epoch, counted from 0."""
+        for indices in batches:
+            yield indices
+            self.step += 1
+
+    def nothing(self, *args, **kwargs) -> None:
+        """Stand in for every method that writes."""
+
+    graph = batch = grid = end_epoch = scores = best = finish = say_end = nothing
+
+
+class RunRecord(SilentRecord):
+    """The record of a run in its folder, and the user's view of it.
+
+    On a terminal it shows a bar for each epoch; piped, it prints a line for each epoch to stdout. A new run first moves
+    an earlier run's files aside. A grid, row or curve that cannot be written is a warning, and the run continues.
+
+    Args:
+        opt: the options of the run, with what acgan.check_data adds to them.
+        device: where the run trains.
+        steps_per_epoch: batches an epoch.
+        step: batches done; above 0 the run is resumed, and its record is cut back to there.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full.
+        BadInput: another run writes there.
+    """
+
+    writes = True
+
+    def __init__(self, opt, device, steps_per_epoch: int, step: int):
+        super().__init__(opt, device, steps_per_epoch, step)
+        self.opt, self.out_dir, self.steps_per_epoch = opt, opt.out_dir, steps_per_epoch
+        self.best_generator = self.out_dir / run_folder.BEST[0]
+        self.bar, self.warned = None, set()
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        self.lock = run_folder.lock(self.out_dir)
+        run_folder.remove_part_files(self.out_dir)
+        if not step:
+            run_folder.set_aside_earlier_run(self.out_dir)
+        (self.out_dir / "images").mkdir(exist_ok=True)
+        self.log_dir = run_folder.log_dir_of(self.out_dir, resumed=step > 0)
+        config = dict(options=as_data(opt), seed=opt.seed, device=str(device), classes=opt.classes, resumed_after=step,
+                      log_dir=self.log_dir.relative_to(self.out_dir).as_posix(), versions=versions())  # fmt: skip
+        atomic_write(self.out_dir / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
+        rows = run_folder.rows_before(self.out_dir / "metrics.jsonl", step)
+        atomic_write(self.out_dir / "metrics.jsonl", lambda file: file.write(rows))
+        self.unwritten = b""  # rows that a full disk refused
+        threading.excepthook = hide_disk_errors  # of the event writer's thread; add_scalar raises them too
+        self.open_board()
+        if not step:
+            self.to_board("add_text", "classes", ", ".join(opt.classes))  # the columns of the grids
+            self.to_board("add_text", "options", "\n".join(f"- {k}: {v}" for k, v in config["options"].items()))
+        self.start, self.first_step = time.monotonic(), step
+
+    def open_board(self) -> None:
+        """Open TensorBoard's files; points from the next batch on that an interrupted run left are dropped."""
+        from torch.utils.tensorboard import SummaryWriter  # here, as its import takes long
+
+        # the tutorial's curves count epochs: those of epochs that are done stay
+        purge_step = max(self.step, self.step // self.steps_per_epoch + 1) if self.step else None
+        self.board = SummaryWriter(self.log_dir, purge_step=purge_step)
+
+    def __exit__(self, kind, error, traceback):
+        if self.bar is not None:
+            self.bar.close()
+        with self.tolerating("the last records"):
+            self.write_rows()
+        with self.tolerating("the last curves"):
+            if self.board is not None:
+                self.board.close()
+        if self.lock is not None:
+            self.lock.close()
+        super().__exit__(kind, error, traceback)
+
+    @contextlib.contextmanager
+    def tolerating(self, what: str):
+        """Turn an OSError in the block into a warning, once for each kind of record until it works again."""
+        try:
+            yield
+            self.warned.discard(what)
+        except OSError as error:
+            if what not in self.warned:
+                announce(f"Warning: cannot write {what} ({error.strerror or error}); training continues.")
+                self.warned.add(what)
+
+    def to_board(self, method: str, *args) -> None:
+        """Call the TensorBoard writer; after a failed write it is closed until the next epoch."""
+        if self.board is None:
+            return
+        with self.tolerating("the curves in logs/"):
+            try:
+                getattr(self.board, method)(*args)
+            except OSError:
+                self.board = None
+                raise
+
+    def write_row(self, step: int, row: dict) -> None:
+        """Append a row to metrics.jsonl, after the rows that a full disk refused before."""
+        self.unwritten += (json.dumps({"step": step, "epoch": step // self.steps_per_epoch} | row) + "\n").encode()
+        with self.tolerating("metrics.jsonl"):
+            self.write_rows()
+
+    def write_rows(self) -> None:
+        # unbuffered, so that what a full disk refuses stays in self.unwritten
+        with open(self.out_dir / "metrics.jsonl", "ab", 0) as file:
+            while self.unwritten:
+                self.unwritten = self.unwritten[file.write(self.unwritten) :]
+
+    def flush(self) -> None:
+        """Move all that was recorded so far to the disk."""
+        self.to_board("flush")
+        with self.tolerating("metrics.jsonl"), open(self.out_dir / "metrics.jsonl", "ab") as file:
+            os.fsync(file.fileno())
+
+    def graph(self, generator, discriminator, z, labels, img) -> None:
+        """Write the graphs of both networks as one, as TensorBoard keeps one a run; a resumed run has it already."""
+        if not self.step:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the tracer's warnings do not concern this run
+                self.to_board("add_graph", BothNetworks(generator, discriminator), (z, labels, img))
+
+    def progress(self, epoch: int, batches):
+        """Yield from `batches`, with a bar of this epoch, counted from 0, on a terminal."""
+        if self.board is None:
+            with self.tolerating("the curves in logs/"):
+                self.open_board()
+        first = epoch * self.steps_per_epoch
+        rate = ", {rate_fmt}" if shutil.get_terminal_size().columns >= 100 else ""
+        self.bar = tqdm(
+            total=min(self.steps_per_epoch, self.opt.total_steps - first), initial=self.step - first, unit="batch",
+            desc=f"Epoch {epoch + 1}/{self.opt.n_epochs}", mininterval=LOOK_INTERVAL, dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix}" + rate,
+            disable=not on_terminal(),
+        )  # fmt: skip
+        self.epoch_start, self.epoch_first_step = time.monotonic(), self.step
+        self.next_look = self.epoch_start
+        for indices in super().progress(epoch, batches):
+            yield indices
+            self.bar.update(1)
+        self.bar.close()
+
+    def batch(self, step: int, metrics: dict[str, torch.Tensor]) -> None:
+        """Record batch `step`; the figures are read only if the bar or the log needs them.
+
+        Raises:
+            Diverged: a loss is not finite. On the CPU each batch is checked, else when the figures are read.
+        """
+        logged = step % self.opt.log_interval == 0
+        seen = not self.bar.disable and time.monotonic() >= self.next_look
+        if not (logged or seen or metrics["d_loss"].device.type == "cpu"):
+            return
+        row = read_metrics(metrics)
+        if not (math.isfinite(row["d_loss"]) and math.isfinite(row["g_loss"])):
+            raise Diverged(f"the loss is no longer finite at batch {step}")
+        if logged:
+            self.write_row(step, row)
+            for key, value in row.items():
+                self.to_board("add_scalar", f"batch/{key}", value, step)
+        if seen:
+            self.show(step, row)
+
+    def end_epoch(self, step: int, real_imgs: torch.Tensor, metrics: dict[str, torch.Tensor]) -> None:
+        """Write the tutorial's figures of a whole epoch's last batch to TensorBoard, and a piped run's line."""
+        epoch, row = step // self.steps_per_epoch, read_metrics(metrics)
+        if (step + 1) % self.steps_per_epoch == 0:
+            self.to_board("add_image", "real_image", make_grid(real_imgs), epoch + 1)
+            for tag, key in [("ACGAN_acc", "d_acc"), ("dist_loss", "d_loss"), ("gene_loss", "g_loss")]:
+                self.to_board("add_scalar", tag, row[key], epoch + 1)
+            self.to_board("flush")
+        took = time.monotonic() - self.epoch_start
+        if not self.bar.disable:
+            self.bar.leave = took >= 1 or step + 1 == self.opt.total_steps  # short epochs share one line
+            self.show(step, row)
+            return
+        print_line(
+            f"epoch {epoch + 1:3d}/{self.opt.n_epochs}  batches {step + 1}  D loss {row['d_loss']:.4f}  "
+            f"G loss {row['g_loss']:.4f}  ACGAN acc {row['d_acc']:.2%}  "
+            f"{(step + 1 - self.epoch_first_step) / took:.2f} batches/s  took {clock(took)}  left {self.left(step)}"
+        )
+
+    def show(self, step: int, row: dict[str, float]) -> None:
+        """Put the figures of batch `step` into the bar, the run's time left first."""
+        self.next_look = time.monotonic() + LOOK_INTERVAL
+        figures = f"D Loss {row['d_loss']:.3f}, G Loss {row['g_loss']:.3f}, Acc {row['d_acc']:.1%}"
+        self.bar.set_postfix_str(f"left {self.left(step)}, {figures}", refresh=False)
+
+    def left(self, step: int) -> str:
+        """Return the time that the rest of the run takes at the speed so far."""
+        seconds_per_batch = (time.monotonic() - self.start) / (step + 1 - self.first_step)
+        return clock(seconds_per_batch * (self.opt.total_steps - step - 1))
+
+    def grid(self, kind: str, imgs: torch.Tensor, step: int) -> None:
+        """Write a grid of generated images, one column a class, to TensorBoard and as a PNG.
+
+        Args:
+            kind: "fake_image", written to images/{step}.png, or "fixed_z", to images/fixed_z/{step}.png.
+            imgs: float (N, C, H, W), of any range.
+            step: batch, counted from 0.
+        """
+        # a run that is about to end as diverged may draw NaN
+        grid = make_grid(imgs.cpu(), nrow=len(self.opt.classes), normalize=True).nan_to_num()
+        path = self.out_dir / "images" / ("fixed_z" if kind == "fixed_z" else "") / f"{step}.png"
+        with self.tolerating("sample grids"):
+            atomic_write(path, lambda file: save_image(grid, file, format="png"))
+        self.to_board("add_image", kind, grid, step)
+
+    def scores(self, step: int, scores: dict[str, float]) -> None:
+        """Record the scores of the EMA after batch `step`."""
+        self.write_row(step, scores)
+        for name, value in scores.items():
+            self.to_board("add_scalar", f"score/{name}", value, step)
+
+    def best(self, ema, discriminator, **more) -> None:
+        """Keep the best networks so far, with `more` plain data about them."""
+        with self.tolerating("the best generator"):
+            # G last: its scores are the ones compared, so after a fault between the two both are written again
+            save_network(self.out_dir / run_folder.BEST[1], discriminator, **more)
+            save_network(self.best_generator, ema, **more)
+
+    def finish(self, generator, discriminator, ema) -> None:
+        """Write the weights of G, D and the EMA, and the film of the run. Raises OSError."""
+        for name, network in zip(run_folder.WEIGHTS, (generator, discriminator, ema), strict=True):
+            save_network(self.out_dir / name, network)
+        with self.tolerating("images/film.gif"):
+            write_film(self.out_dir / "images", self.step)
+
+    def say_end(self, finished: bool) -> None:
+        """Announce what the run leaves and what to type next."""
+        if not finished:
+            done = f"{self.step + 1:,} of {self.opt.total_steps:,}"
+            announce(f"Stopped after batch {done}; to continue: --resume {self.out_dir}")
+            return
+        announce(f"Done: {', '.join(run_folder.WEIGHTS)} and images/film.gif are in {self.out_dir.resolve()}")
+        announce(f"To draw with them: python generate.py --weights {self.out_dir}")
+
+
+class BothNetworks(torch.nn.Module):
+    """G and D side by side, for one graph."""
+
+    def __init__(self, generator, discriminator):
+        super().__init__()
+        self.generator, self.discriminator = generator, discriminator
+
+    def forward(self, z, labels, img):
+        return self.generator(z, labels), *self.discriminator(img)
+
+
+def write_film(images: Path, last_step: int) -> None:
+    """Write film.gif from the grids of fixed noise up to batch `last_step`, evenly thinned out. Raises OSError."""
+    grids = [path for path in (images / "fixed_z").glob("*.png") if run_folder.OUR_GRID.fullmatch(path.name)]
+    grids = sorted((path for path in grids if int(path.stem) <= last_step), key=lambda path: int(path.stem))
+    at = np.unique(np.linspace(0, len(grids) - 1, min(FILM_FRAMES, len(grids))).round().astype(int))
+    frames = []
+    for path in (grids[n] for n in at):
+        with contextlib.suppress(OSError, SyntaxError, ValueError):  # a corrupt grid is left out
+            grid = Image.open(path, formats=("PNG",)).convert("RGB")
+            frame = Image.new("RGB", (grid.width, grid.height + CAPTION), "white")
+            frame.paste(grid, (0, CAPTION))
+            ImageDraw.Draw(frame).text((3, 1), f"batch {int(path.stem):,}", fill="black")
+            frames.append(frame.quantize(32, dither=Image.Dither.NONE))
+    frames = [frame for frame in frames if frame.size == frames[-1].size and max(frame.size) < 2**16]
+    if frames:
+        durations = [FILM_MILLISECONDS] * (len(frames) - 1) + [FILM_LAST_MILLISECONDS]
+        gif = dict(format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
+        atomic_write(images / "film.gif", lambda file: frames[0].save(file, **gif))
+
+
+def read_metrics(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Turn a step's 0-d tensors into numbers at float32 precision: here the host waits for the device."""
+    values = torch.stack([value.to(torch.float32) for value in metrics.values()]).tolist()  # sync point
+    return dict(zip(metrics, values, strict=True))
+
+
+def hide_disk_errors(args) -> None:
+    """Show no traceback for a full disk in a thread; for threading.excepthook."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a run's numbers depend on."""
+    modules = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
+    return {"python": platform.python_version(), "platform": f"{sys.platform} {platform.machine()}"} | modules
+
+
+def clock(seconds: float) -> str:
+    """Return seconds as h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -1,0 +1,127 @@
+"""A run's folder: one run at a time writes to it, and a new run first moves an earlier run's files aside."""
+
+import contextlib
+import errno
+import json
+import os
+import re
+from datetime import datetime
+from pathlib import Path
+
+from training.checkpoint import NEWEST, PREVIOUS
+from utils import PART_FILE, BadInput, announce, check_writable
+
+WEIGHTS = ("acgan_gen.pth", "acgan_dist.pth", "acgan_gen_ema.pth")
+BEST = ("acgan_gen_best.pth", "acgan_dist_best.pth")
+GRIDS = ("images", "images/fixed_z")
+OUR_PART = re.compile(re.escape(PART_FILE).replace(r"\{pid\}", "[0-9]+"))
+OUR_GRID = re.compile(r"[0-9]+\.png")
+
+
+def check_out_dir(out_dir: Path) -> None:
+    """Raise BadInput unless a run can have its files in `out_dir`. Leave no trace."""
+    try:
+        str(out_dir).encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(f"argument --out_dir: {str(out_dir)!r} is not text: name another folder") from error
+    check_writable("--out_dir", out_dir)
+    for name, is_wanted in [("images", Path.is_dir), ("logs", Path.is_dir), ("metrics.jsonl", Path.is_file)]:
+        if (out_dir / name).exists() and not is_wanted(out_dir / name):
+            what = "a folder" if is_wanted is Path.is_dir else "a file"
+            raise BadInput(
+                f"argument --out_dir: {str(out_dir / name)!r} is not {what}: move it, or name another folder"
+            )
+    earlier_log_dir(out_dir)  # raises if config.json is not ours
+    if (out_dir / ".lock").exists() and (file := lock(out_dir)):
+        file.close()
+
+
+def earlier_log_dir(out_dir: Path) -> Path | None:
+    """Return the log folder named in the config.json of `out_dir`, or None; BadInput if it is not from a run."""
+    config = out_dir / "config.json"
+    if not config.exists():
+        return None
+    try:
+        log_dir = json.loads(config.read_text())["log_dir"]
+        if not re.fullmatch(r"logs/[\w-]+", log_dir):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadInput(
+            f"argument --out_dir: {str(config)!r} is not from a run of this script: name another folder"
+        ) from error
+    return out_dir / log_dir
+
+
+def lock(out_dir: Path):
+    """Keep other runs out of `out_dir` until the returned file is closed; None if the system has no such lock.
+
+    Raises:
+        BadInput: another run writes there.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    file = open(out_dir / ".lock", "w")  # noqa: SIM115 (closed by the caller)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            return None  # a file system without locks
+        raise BadInput(f"argument --out_dir: another run writes to {str(out_dir)!r}: name another folder") from error
+    return file
+
+
+def remove_part_files(out_dir: Path) -> None:
+    """Delete the half-written files of a killed run; only names that utils.atomic_write gives."""
+    for folder in ("", *GRIDS):
+        for path in (out_dir / folder).glob(".*"):
+            if OUR_PART.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+
+
+def set_aside_earlier_run(out_dir: Path) -> None:
+    """Move an earlier run's files from `out_dir` to that run's folder below logs/, and say so."""
+    # config.json last: it names the folder
+    names = ["metrics.jsonl", "images/film.gif", *WEIGHTS, *BEST, NEWEST, PREVIOUS, "config.json"]
+    found = [name for name in names if (out_dir / name).exists()]
+    if not set(found) - {"images/film.gif"}:
+        return
+    kept = earlier_log_dir(out_dir) or new_log_dir(out_dir)
+    for folder in GRIDS:
+        (kept / folder).mkdir(parents=True, exist_ok=True)
+        for path in (out_dir / folder).glob("*.png"):
+            if OUR_GRID.fullmatch(path.name):
+                os.replace(path, kept / folder / path.name)
+    for name in found:
+        os.replace(out_dir / name, kept / name)
+    announce(f"The earlier run's files were moved to {kept}")
+
+
+def rows_before(path: Path, step: int) -> bytes:
+    """Return the rows of metrics.jsonl from before batch `step`; broken rows are left out."""
+
+    def is_earlier(row):
+        try:
+            return json.loads(row)["step"] < step
+        except (ValueError, KeyError, TypeError):
+            return False
+
+    return b"".join(filter(is_earlier, path.read_bytes().splitlines(keepends=True) if path.exists() else []))
+
+
+def log_dir_of(out_dir: Path, resumed: bool) -> Path:
+    """Return a resumed run's log folder, or make a new one whose name is the time, to the second."""
+    found = earlier_log_dir(out_dir) if resumed else None
+    return found or new_log_dir(out_dir)
+
+
+def new_log_dir(out_dir: Path) -> Path:
+    """Make and return a folder in logs/ whose name is the time, to the second."""
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for suffix in ["", *(f"_{n}" for n in range(2, 100))]:
+        with contextlib.suppress(FileExistsError):
+            (out_dir / "logs" / (stamp + suffix)).mkdir(parents=True)
+            return out_dir / "logs" / (stamp + suffix)
+    raise FileExistsError(f"{out_dir / 'logs' / stamp} and 98 more exist")

@@ -1,0 +1,189 @@
+"""What makes a batch fast without changing its mathematics: kept memory, compiled networks, CUDA graphs, bf16."""
+
+import ctypes
+import logging
+import os
+import sys
+import time
+from collections import Counter
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from utils import announce, on_terminal
+
+BREAK_EVEN = 5_000  # batches of a run; compiling wins its time back after about half as many
+
+
+def tune_process(device: torch.device, threads: int | None = None) -> None:
+    """Set up the whole process; call this before the first large tensor is made.
+
+    Threads: sums on a CPU are split among them, so a resumed run needs the `threads` that it had. They are set even if
+    nothing changes: otherwise MKL may choose fewer by itself, in some starts of the same program (docs/resume.md).
+    CPU on Linux: glibc returns every large block to the kernel when it is freed, and the next one is mapped again, page
+    by page: up to half of a batch's time. Here it keeps them, and asks for large pages.
+    CUDA: cuDNN picks its fastest algorithms by trying, and float32 products may use TF32.
+    """
+    possible = type(threads) is int and 1 <= threads <= (os.cpu_count() or 1)
+    torch.set_num_threads(threads if possible else torch.get_num_threads())
+    if device.type == "cpu" and sys.platform == "linux":
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by PyTorch's allocator at its first use
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+        if mallopt is not None:
+            m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # from malloc.h
+            mallopt(m_mmap_max, 0)
+            mallopt(m_trim_threshold, 2**31 - 1)
+            mallopt(m_top_pad, 2**28)
+    elif device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+
+
+def choose_compile(asked: str, device: torch.device, world_size: int, batches: int) -> str:
+    """Turn `--compile` into "on" or "off": auto compiles on a CPU, on one rank, if the whole run has many batches."""
+    if asked != "auto":
+        return asked
+    pays = device.type == "cpu" and world_size == 1
+    if pays and batches < BREAK_EVEN and on_terminal():
+        announce(f"Compile: off, as a run of less than {BREAK_EVEN:,} batches does not win back the time it takes.")
+    return "on" if pays and batches >= BREAK_EVEN else "off"
+
+
+def accelerate(train_batch, generator, discriminator, batch_size: int, compile: str, amp: str, in_memory: bool = True):
+    """Return the fastest way that this device has to call `train_batch(generator, discriminator, indices)`.
+
+    Args:
+        train_batch: gathers a batch, draws its noise, and updates both networks.
+        generator, discriminator: as Ranks.wrap returns them.
+        batch_size: images of a full batch; only full batches use compiled networks.
+        compile: "on" or "off".
+        amp: "bf16" computes the networks in bfloat16 where that is safe; "off" in float32.
+        in_memory: the batches come from the device's memory, as a CUDA graph needs.
+
+    Returns:
+        A function of the indices. What it returns may be overwritten by its next call.
+    """
+    networks = plain = fast = (generator, discriminator)
+    if amp == "bf16":
+        for layer in discriminator.modules():
+            if isinstance(layer, torch.nn.Sigmoid | torch.nn.Softmax):
+                layer.register_forward_pre_hook(to_float32)
+        plain = fast = tuple(in_bf16(network) for network in networks)
+    if compile == "on":
+        fast = compiled(networks, batch_size, amp) or plain
+
+    def call(indices):
+        return train_batch(*(fast if len(indices) == batch_size else plain), indices)
+
+    on_cuda = next(generator.parameters()).device.type == "cuda"
+    one_rank = not isinstance(generator, DistributedDataParallel)  # several talk to each other in mid-batch
+    return CapturedBatches(call) if on_cuda and one_rank and in_memory else call
+
+
+def in_bf16(network):
+    """Return `network` as a function that computes in bfloat16 where autocast finds it safe, and returns float32."""
+    device_type = next(network.parameters()).device.type
+
+    def call(*inputs):
+        # no cache of cast weights: it would outlive a CUDA graph's capture
+        with torch.autocast(device_type, dtype=torch.bfloat16, cache_enabled=False):
+            out = network(*inputs)
+        return tuple(tensor.float() for tensor in out) if isinstance(out, tuple) else out.float()
+
+    return call
+
+
+def to_float32(layer, inputs):
+    """Hook D's last layers: in bfloat16 a probability near 1 would become 1, without a gradient."""
+    return tuple(tensor.float() for tensor in inputs)
+
+
+def compiled(networks, batch_size: int, amp: str):
+    """Compile both networks and rehearse, so that no real batch has to wait; None, and a line, if that fails.
+
+    The random stream stays that of an eager run: compiled dropout draws from it too, and compiling does not.
+    """
+    if on_terminal():
+        announce("Compiling the networks; this takes from half a minute to a few ...")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns if CUDA has no GPU
+    start = time.monotonic()
+    try:
+        fast = [torch.compile(network, dynamic=False, options={"fallback_random": True}) for network in networks]
+        if amp == "bf16":
+            fast = [in_bf16(network) for network in fast]
+        rehearse(networks, fast, batch_size)
+    except Exception as error:  # a missing compiler, an unsupported Python, ...: there is a long list
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        announce(f"Compile: off, as it failed here: {reason}")
+        return None
+    if on_terminal():
+        announce(f"Compiled in {time.monotonic() - start:.0f} s.")
+    return fast
+
+
+def rehearse(networks, fast, batch_size: int) -> None:
+    """Run a made-up batch forward and backward through `fast`, the compiled `networks`, which keep their state."""
+    config, device = networks[0].config, next(networks[0].parameters()).device
+    generator, discriminator = fast
+    buffers = [buffer for network in networks for buffer in network.buffers()]
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            z = torch.randn(batch_size, config["latent_dim"], device=device)
+            labels = torch.randint(config["n_classes"], (batch_size,), device=device)
+            imgs = generator(z, labels)
+            for batch in (imgs.detach(), imgs):  # as in D's update, and as in G's
+                validity, label = discriminator(batch)
+                (validity.sum() + label.sum()).backward()
+    finally:
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+        for network in networks:
+            network.zero_grad(set_to_none=True)
+
+
+class CapturedBatches:
+    """Replays the whole batch as one CUDA graph, so that the host only starts it; one graph for each batch size.
+
+    The first batches of a size run uncaptured, on a side stream, as PyTorch asks; they train like all others. If
+    capturing fails, one line says so and the batches stay uncaptured. The next batch overwrites the returned metrics.
+    """
+
+    WARM_UP = 3  # batches
+
+    def __init__(self, call):
+        self.call = call
+        self.graphs = {}
+        self.seen = Counter()
+        self.works = True
+        self.side = torch.cuda.Stream()
+
+    def __call__(self, indices):
+        size = len(indices)
+        if size in self.graphs:
+            return self.replay(indices)
+        self.seen[size] += 1
+        if self.works and self.seen[size] > self.WARM_UP:
+            try:
+                self.capture(indices)
+                return self.replay(indices)
+            except RuntimeError as error:
+                self.works = False
+                announce(f"CUDA graph: off, as capturing failed: {str(error).splitlines()[0]}")
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
+            metrics = self.call(indices)
+        torch.cuda.current_stream().wait_stream(self.side)
+        return metrics
+
+    def capture(self, indices) -> None:
+        graph, static_indices = torch.cuda.CUDAGraph(), indices.clone()
+        with torch.cuda.graph(graph):  # records, but does not run
+            metrics = self.call(static_indices)
+        self.graphs[len(indices)] = graph, static_indices, metrics
+
+    def replay(self, indices):
+        graph, static_indices, metrics = self.graphs[len(indices)]
+        static_indices.copy_(indices)
+        graph.replay()
+        return metrics
