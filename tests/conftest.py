@@ -90,10 +90,21 @@ def leaves(value, path=""):
         yield path, value
 
 
-def assert_same_run(ours: Path, theirs: Path) -> None:
-    """Two run folders hold the same run bit by bit: rows, weights, optimisers, random states."""
+def differing(one, other) -> list[str]:
+    """The paths of all leaves of nested dicts that differ in any bit."""
     import torch
 
+    ours, theirs = dict(leaves(one)), dict(leaves(other))
+    assert ours.keys() == theirs.keys() and len(ours) > 100
+
+    def is_same(a, b):
+        return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+    return [path for path, value in ours.items() if not is_same(value, theirs[path])]
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    """Two run folders hold the same run bit by bit: rows, weights, optimisers, random states."""
     from training.checkpoint import read_checkpoint
 
     assert (ours / "metrics.jsonl").read_bytes() == (theirs / "metrics.jsonl").read_bytes()
@@ -102,11 +113,7 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     one, other = (read_checkpoint(folder) for folder in (ours, theirs))
     for checkpoint in (one, other):
         del checkpoint["options"], checkpoint["file"]  # they name folders
-    ours, theirs = dict(leaves(one)), dict(leaves(other))
-    assert ours.keys() == theirs.keys() and len(ours) > 100
-    for path, value in ours.items():
-        same = torch.equal(value, theirs[path]) if isinstance(value, torch.Tensor) else value == theirs[path]
-        assert same, path
+    assert differing(one, other) == []
 
 
 def read_board(out_dir: Path):
