@@ -14,6 +14,7 @@ Measured: 11.5 batches/s on 2 CPU cores, so 200 epochs in 4.5 hours, 3.1 times a
 import argparse
 import copy
 import math
+import secrets
 import sys
 import zlib
 from pathlib import Path
@@ -34,7 +35,7 @@ from training.distributed import LostRank, Ranks, was_restarted
 from training.record import RunRecord, SilentRecord
 from training.run_folder import check_out_dir
 from training.speed import accelerate, choose_compile, tune_process
-from utils import BadInput, Diverged, StopRequest, announce, choose_device, draw_seed, nearest_folder, seed_everything
+from utils import BadInput, Diverged, StopRequest, announce, choose_device, nearest_folder, seed_everything
 
 # fmt: off
 # Options that change what is computed: a resumed run must have the checkpoint's.
@@ -178,9 +179,7 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
     """
     rate = number(float, "a number above 0, such as 0.0002", lambda value: value > 0)
     beta = number(float, "a number in [0, 1), such as 0.5", lambda value: 0 <= value < 1)
-    parser = OneLineParser(
-        "acgan.py", "Train an auxiliary-classifier GAN as the tutorial does, on MNIST or your images."
-    )
+    parser = OneLineParser("acgan.py", "Train an auxiliary-classifier GAN as the tutorial does.")
     # fmt: off
     add = parser.add_argument_group("training").add_argument
     add("--n_epochs", type=COUNT, default=200, metavar="N", help="passes over the data")
@@ -274,15 +273,17 @@ def start(argv: list[str] | None) -> int:
     ranks = Ranks(device)
     opt.world_size, opt.threads = ranks.world_size, torch.get_num_threads()
     if checkpoint and checkpoint["options"]["world_size"] != opt.world_size:
-        raise BadInput(f"argument --resume: the run has {checkpoint['options']['world_size']} ranks, not "
-                       f"{opt.world_size}: start as many with torchrun")  # fmt: skip
+        ranks = checkpoint["options"]["world_size"]
+        raise BadInput(
+            f"argument --resume: the run has {ranks} ranks, not {opt.world_size}: start {ranks} with torchrun"
+        )
     if opt.compile == "on" and opt.world_size > 1:
         raise BadInput("argument --compile: on works on one rank only: drop it")
     check_out_dir(opt.out_dir)
     if not checkpoint:
         check_nothing_unfinished(opt.out_dir)
     if opt.seed is None:
-        opt.seed = ranks.broadcast(draw_seed())
+        opt.seed = ranks.broadcast(secrets.randbelow(2**32))  # the range that NumPy accepts
         announce(f"Seed: {opt.seed}; --seed {opt.seed} repeats this run.")
     try:
         with ranks.rank_0_first():  # it alone downloads
@@ -292,7 +293,7 @@ def start(argv: list[str] | None) -> int:
         opt.compile = choose_compile(opt.compile, ranks.device, ranks.world_size, opt.total_steps)
         interval = opt.eval_interval * len(batches) if opt.eval_interval and not ranks.rank else None
         scorer = EpochScorer(interval, opt.judge, data, ranks.device)
-        announce(why or f"Device: {device}.")
+        announce(why)
         announce(f"Data: {opt.dataset}, {opt.n_images:,} images of {opt.n_classes} classes.")
         if checkpoint:
             announce(f"Resuming after batch {checkpoint['step']:,} of {opt.total_steps:,}.")

@@ -54,9 +54,7 @@ def number(kind: type, wanted: str, accept):
 
 COUNT = number(int, "a whole number from 1 to 2147483647", lambda value: 1 <= value < 2**31)
 SEED = number(int, "a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)
-IMG_SIZE = number(
-    int, "a multiple of 4 and at least 16, such as 28 or 32", lambda value: value >= 16 and value % 4 == 0
-)
+IMG_SIZE = number(int, "a multiple of 4 and at least 16, such as 28 or 32", lambda n: n >= 16 and n % 4 == 0)
 
 
 def add_device_flag(group) -> None:
@@ -70,9 +68,7 @@ def add_data_flags(parser, names) -> None:
     add = parser.add_argument
     add("--dataset", choices=names, default="mnist", help="the real images")
     add("--data_root", type=Path, metavar="DIR", help="their folder, as for acgan.py (default: as for acgan.py)")
-    add(
-        "--test_root", type=Path, metavar="DIR", help="folder of test images, for --dataset folder only (default: none)"
-    )
+    add("--test_root", type=Path, metavar="DIR", help="folder of the test images of --dataset folder (default: none)")
 
 
 def add_weights_flag(parser) -> None:
@@ -99,14 +95,8 @@ def raise_stopped(number, frame):
 def run_command(prog: str, command, too_large: str = "ask for fewer images", stopped: str = "nothing was written"):
     """Call `command()` and return the script's exit status.
 
-    It is what `command` returned, or 0. After bad input, a failed write or for want of memory it is 2, and one line
-    says why. After signal N it is 128 + N.
-
-    Args:
-        prog: the script's name.
-        command: called without arguments.
-        too_large: what to do if memory does not suffice.
-        stopped: what a signal leaves behind.
+    It is what `command` returned, or 0; 2, with a line, after bad input, a failed write or for want of memory, when
+    `too_large` says what to do; 128 + N after signal N, when `stopped` says what is left.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell
@@ -141,11 +131,3 @@ def check_output(flag: str, path: Path, suffix: str) -> None:
     if path.suffix.lower() != suffix:
         raise BadInput(f"argument {flag}: {str(path)!r} does not end in {suffix}; name a file that does")
     check_writable(flag, path.parent)
-
-
-def print_result(text: str) -> None:
-    """Print what the user asked for. A closed pipe is no error; a full disk raises OSError."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -34,10 +34,7 @@ def sample_image(generator, n_classes: int, latent_dim: int, device) -> torch.Te
 
 
 def fixed_noise(n_classes: int, latent_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return z and labels of a grid of 10 rows and one column a class, equal in every run.
-
-    No random stream of the training is used.
-    """
+    """Return z and labels of a grid of 10 rows, one column a class: equal in every run, and no draw of the training."""
     z = torch.randn(10 * n_classes, latent_dim, generator=torch.Generator().manual_seed(0))
     return z, torch.arange(n_classes).repeat(10)
 
@@ -46,13 +43,7 @@ def fixed_noise(n_classes: int, latent_dim: int) -> tuple[torch.Tensor, torch.Te
 def draw_images(generator: Generator, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Draw G(z | y) in eval mode: each image depends only on its own z and y, and G stays as it is.
 
-    Args:
-        generator: on any device; keeps its mode.
-        z: float32 (N, latent_dim), on any device.
-        labels: int64 (N,), on any device.
-
-    Returns:
-        Images, float32 (N, C, H, W) in [-1, 1], on the CPU.
+    From z, float32 (N, latent_dim), and labels, int64 (N,), to images, float32 (N, C, H, W) in [-1, 1], on the CPU.
     """
     device, mode = next(generator.parameters()).device, generator.training
     generator.eval()

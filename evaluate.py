@@ -16,7 +16,7 @@ if __name__ == "__main__":
 
 import torch
 
-from cli import SEED, OneLineParser, add_data_flags, add_device_flag, add_weights_flag, print_result, run_command
+from cli import SEED, OneLineParser, add_data_flags, add_device_flag, add_weights_flag, run_command
 from data import NAMES, load_train_and_test
 from drawing import draw_set
 from evaluation.judge import load_judge
@@ -24,7 +24,7 @@ from evaluation.metrics import check_torchmetrics
 from evaluation.scorecard import FULL, QUICK, check_judge, scorecard, table
 from models import Generator, load_network
 from training.speed import tune_process
-from utils import BadInput, announce, choose_device
+from utils import BadInput, announce, choose_device, print_line
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -54,22 +54,16 @@ def evaluate(opt: argparse.Namespace) -> None:
     check_judge(judge, generator.classes, generator.config["img_size"], generator.config["channels"])
     train_set, test_set = load_train_and_test(opt.dataset, opt.data_root, opt.test_root, judge.config["img_size"])
     if train_set.classes != judge.classes or train_set.images.shape[1] != judge.config["channels"]:
-        raise BadInput(f"argument --dataset: {opt.dataset} has other classes or channels than judge and generator: "
-                       "name their data set")  # fmt: skip
+        raise BadInput(f"argument --dataset: {opt.dataset} has other classes or channels than judge and generator")
     counts, n_classes = FULL if opt.full else QUICK, len(judge.classes)
     labels = torch.arange(n_classes).repeat(max(counts.scored, counts.cas))
     images = draw_set(generator, labels, opt.seed)
-    card = scorecard(images, labels, train_set[:2], test_set[:2], judge, counts, opt.seed, device)
-    card = {
-        "weights": str(opt.weights),
-        "images": counts.scored * n_classes,
-        "cas_images": counts.cas * n_classes,
-        "test_images": len(test_set.labels),
-        "seed": opt.seed,
-        "feature_space": f"the judge's last {judge.head.in_features} features: this is no Inception FID.",
-        "seconds": round(time.monotonic() - start, 1),
-    } | card
-    print_result(json.dumps(card, indent=2) if opt.json else table(card))
+    scores = scorecard(images, labels, train_set[:2], test_set[:2], judge, counts, opt.seed, device)
+    features = f"the judge's last {judge.head.in_features} features: this is no Inception FID."
+    card = dict(weights=str(opt.weights), images=counts.scored * n_classes, cas_images=counts.cas * n_classes,
+                test_images=len(test_set.labels), seed=opt.seed, feature_space=features,
+                seconds=round(time.monotonic() - start, 1), **scores)  # fmt: skip
+    print_line(json.dumps(card, indent=2) if opt.json else table(card), must_succeed=True)
     announce(f"This took {card['seconds']:.0f} s.")
 
 

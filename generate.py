@@ -18,26 +18,19 @@ import numpy as np
 import torch
 from torchvision.utils import make_grid, save_image
 
-from cli import COUNT, SEED, OneLineParser, add_device_flag, add_weights_flag, check_output, print_result, run_command
+from cli import COUNT, SEED, OneLineParser, add_device_flag, add_weights_flag, check_output, run_command
 from drawing import CHUNK, draw_images, draw_set
 from models import Generator, load_network
-from utils import BadInput, announce, atomic_write, choose_device
+from utils import BadInput, announce, atomic_write, choose_device, print_line
 
 PNG_LIMIT = 10_000  # images in one picture
 
 
 @torch.no_grad()
 def interpolate(generator: Generator, z: torch.Tensor, start: int, end: int, steps: int) -> torch.Tensor:
-    """Go from class `start` to class `end` through the label embedding, with the same noise.
+    """Go from class `start` to class `end` through the label embedding in `steps` images, both ends included.
 
-    Args:
-        generator: in eval mode.
-        z: float32 (N, latent_dim), one for each row.
-        start, end: classes.
-        steps: images a row, at least 2, both ends included.
-
-    Returns:
-        Images, float32 (N * steps, C, H, W) in [-1, 1], row by row, on the CPU.
+    Each row of z, float32 (N, latent_dim), stays the same. Returns float32 (N * steps, C, H, W) in [-1, 1], row by row.
     """
     device = next(generator.parameters()).device
     first, last = generator.label_emb(torch.tensor([start, end], device=device))
@@ -94,14 +87,13 @@ def generate(opt: argparse.Namespace) -> None:
     """Write what the command line asks for. Raises BadInput, or OSError if it cannot be written."""
     device, _ = choose_device(opt.device)
     generator = load_network(opt.weights, device, kinds=(Generator,)).eval()
+    labels = list(range(len(generator.classes)))
     if opt.interpolate:
         labels = find_classes(opt.interpolate, "--interpolate", generator.classes)
     elif opt.labels is not None:
         labels = find_classes([word.strip() for word in opt.labels.split(",")], "--labels", generator.classes)
     elif opt.digits is not None:
         labels = find_classes(list(opt.digits), "digits", generator.classes)
-    else:
-        labels = list(range(len(generator.classes)))
 
     announce(f"Weights: {opt.weights}")
     if opt.npz:
@@ -109,7 +101,7 @@ def generate(opt: argparse.Namespace) -> None:
         labels = torch.tensor(labels).repeat(opt.n)
         data = dict(images=draw_set(generator, labels, opt.seed).numpy(), labels=labels.numpy())
         atomic_write(opt.npz, lambda file: np.savez_compressed(file, **data))
-        print_result(f"{opt.npz}: {len(labels):,} images")
+        print_line(f"{opt.npz}: {len(labels):,} images", must_succeed=True)
         return
     columns = opt.steps if opt.interpolate else len(labels)
     if columns * opt.n > PNG_LIMIT:
@@ -124,7 +116,7 @@ def generate(opt: argparse.Namespace) -> None:
         imgs = draw_images(generator, z, torch.tensor(labels).repeat(opt.n))
     grid = make_grid(imgs, nrow=columns, normalize=True, value_range=(-1, 1))
     atomic_write(opt.out, lambda file: save_image(grid, file, format="png"))
-    print_result(f"{opt.out}: {opt.n} rows of {columns} images")
+    print_line(f"{opt.out}: {opt.n} rows of {columns} images", must_succeed=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -42,14 +42,8 @@ class UpsampleConv2d(nn.Conv2d):
 class Generator(nn.Module):
     """G(z | y): draws an image of class y from noise z (tutorial, "生成网络").
 
-    Args:
-        n_classes: number of classes, at least 1.
-        latent_dim: length of z and of the label embedding, at least 1.
-        img_size: image side in pixels; a multiple of 4, at least 16.
-        channels: image channels, at least 1.
-
-    Raises:
-        ValueError: a size is out of the ranges above.
+    `latent_dim` is the length of z and of the label embedding; `img_size` is the image side in pixels, a multiple of 4
+    and at least 16. Raises ValueError for a size that cannot work.
     """
 
     def __init__(self, n_classes: int = 10, latent_dim: int = 100, img_size: int = 32, channels: int = 1):
@@ -97,16 +91,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D(x): is the image real, and which class does it show? (tutorial, "判别网络").
-
-    Args:
-        n_classes: number of classes, at least 1.
-        img_size: image side in pixels; a multiple of 4, at least 16.
-        channels: image channels, at least 1.
-
-    Raises:
-        ValueError: a size is out of the ranges above.
-    """
+    """D(x): is the image real, and which class does it show? (tutorial, "判别网络"). Sizes are those of Generator."""
 
     def __init__(self, n_classes: int = 10, img_size: int = 32, channels: int = 1):
         super().__init__()
@@ -116,11 +101,7 @@ class Discriminator(nn.Module):
 
         def discriminator_block(in_filters, out_filters, bn=True):
             """One halving of the image: (B, in, s, s) to (B, out, ceil(s/2), ceil(s/2))."""
-            block = [
-                nn.Conv2d(in_filters, out_filters, 3, 2, 1),
-                nn.LeakyReLU(0.2, inplace=True),
-                nn.Dropout2d(0.25),
-            ]
+            block = [nn.Conv2d(in_filters, out_filters, 3, 2, 1), nn.LeakyReLU(0.2, inplace=True), nn.Dropout2d(0.25)]
             if bn:
                 block.append(nn.BatchNorm2d(out_filters, 0.8))  # 0.8 is eps here too
             return block
@@ -138,17 +119,13 @@ class Discriminator(nn.Module):
         self.aux_layer = nn.Sequential(nn.Linear(128 * ds_size**2, n_classes), nn.Softmax(dim=1))
 
     def forward(self, img: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Judge a batch of images.
-
-        Args:
-            img: float32 (B, channels, img_size, img_size), in [-1, 1].
+        """Judge images, float32 (B, channels, img_size, img_size), in [-1, 1].
 
         Returns:
             validity: P(real), float32 (B, 1), in [0, 1];
             label: class probabilities, float32 (B, n_classes), each row sums to 1.
         """
-        out = self.conv_blocks(img)
-        out = out.flatten(1)  # (B, 128 * ds_size**2)
+        out = self.conv_blocks(img).flatten(1)  # (B, 128 * ds_size**2)
         validity = self.adv_layer(out)
         label = self.aux_layer(out)
         return validity, label
@@ -182,12 +159,8 @@ def update_ema(ema: Generator, generator: Generator, decay: float, steps: int) -
     At a constant learning rate G's weights circle around a good place, and their average lies nearer to it:
     Yazici et al., "The Unusual Effectiveness of Averaging in GAN Training", arXiv:1806.04498.
 
-    Args:
-        ema: the average, a copy of G at the start.
-        generator: the G that trains; only read.
-        decay: in [0, 1). The average reaches back about 1 / (1 - decay) batches, at most a quarter of the run so
-            far. 0 keeps it equal to G.
-        steps: batches done, at least 1.
+    The average reaches back about 1 / (1 - decay) batches, at most a quarter of the run so far; a decay of 0 keeps it
+    equal to G.
     """
 
     def floats(network):
@@ -197,16 +170,7 @@ def update_ema(ema: Generator, generator: Generator, decay: float, steps: int) -
 
 
 def save_network(path: Path, network: nn.Module, **more) -> None:
-    """Write a weight file: the network's name and sizes, its classes' names, and its state dict.
-
-    Args:
-        path: the file.
-        network: a Generator, Discriminator or Judge.
-        more: plain data to keep beside it.
-
-    Raises:
-        OSError: the file cannot be written; it keeps what it held.
-    """
+    """Write a weight file: the network's name, sizes, classes and state dict, and `more` plain data. Raises OSError."""
     packed = {
         "network": type(network).__name__,
         "config": dict(network.config),
@@ -222,13 +186,7 @@ def load_network(path, device="cpu", kinds=(Generator, Discriminator)) -> nn.Mod
     The file is read as data (`weights_only=True`), never run as code. The network is in train mode, in which the
     tutorial draws its samples; call `.eval()` to use the running statistics.
 
-    Args:
-        path: the file.
-        device: where to put the network.
-        kinds: the classes that it may be of.
-
-    Raises:
-        BadInput: the file cannot be read, is corrupt, or holds no network of these kinds.
+    Raises BadInput if the file cannot be read, is corrupt, or holds no network of these kinds.
     """
     names = {kind.__name__: kind for kind in kinds}
     try:

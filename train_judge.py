@@ -11,34 +11,24 @@ from pathlib import Path
 if __name__ == "__main__":
     import early_interrupt  # noqa: F401
 
-from cli import (
-    COUNT,
-    IMG_SIZE,
-    SEED,
-    OneLineParser,
-    add_data_flags,
-    add_device_flag,
-    check_output,
-    print_result,
-    run_command,
-)
+import cli
 from data import NAMES, load_train_and_test
 from evaluation.judge import BUNDLED, judge_images, train_classifier
 from models import save_network
 from training.speed import tune_process
-from utils import BadInput, announce, choose_device
+from utils import BadInput, announce, choose_device, print_line
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; bad flags end the program with one line and exit status 2."""
-    parser = OneLineParser("train_judge.py", "Train a judge on real images, and test it.")
+    parser = cli.OneLineParser("train_judge.py", "Train a judge on real images, and test it.")
     add = parser.add_argument
     add("--out", type=Path, metavar="FILE", help="file to write (default: weights/judge.pth, for MNIST at 32 pixels)")
-    add("--n_epochs", type=COUNT, default=10, metavar="N", help="passes over the training images")
-    add("--img_size", type=IMG_SIZE, default=32, metavar="N", help="image side of the generator to be judged, pixels")
-    add("--seed", type=SEED, default=0, metavar="N", help="seed of the weights and of the order of the images")
-    add_data_flags(parser, NAMES)
-    add_device_flag(parser)
+    add("--n_epochs", type=cli.COUNT, default=10, metavar="N", help="passes over the training images")
+    add("--img_size", type=cli.IMG_SIZE, default=32, metavar="N", help="side of the images to judge, pixels")
+    add("--seed", type=cli.SEED, default=0, metavar="N", help="seed of the weights and of the order of the images")
+    cli.add_data_flags(parser, NAMES)
+    cli.add_device_flag(parser)
     return parser.parse_args(argv)
 
 
@@ -49,21 +39,20 @@ def train_judge(opt: argparse.Namespace) -> None:
     if opt.out is None and (opt.dataset, opt.img_size) != ("mnist", 32):
         raise BadInput("argument --out: weights/judge.pth is for MNIST at 32 pixels: name another file")
     out = opt.out or BUNDLED
-    check_output("--out", out, ".pth")
+    cli.check_output("--out", out, ".pth")
     data, test = load_train_and_test(opt.dataset, opt.data_root, opt.test_root, opt.img_size)
-    if why:
-        announce(why)
+    announce(why)
     n_classes = len(data.classes)
     judge = train_classifier(data.images, data.labels, n_classes, opt.n_epochs, opt.seed, device, jitter=True)
     judge.classes = data.classes
     accuracy = (judge_images(judge, test.images)[1] == test.labels).double().mean()
     save_network(out, judge)
-    print_result(f"{out}: {accuracy:.2%} of the {len(test.labels):,} test images recognised")
+    print_line(f"{out}: {accuracy:.2%} of the {len(test.labels):,} test images recognised", must_succeed=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status, as cli.run_command does."""
-    return run_command("train_judge.py", lambda: train_judge(parse_args(argv)))
+    return cli.run_command("train_judge.py", lambda: train_judge(parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import os
-import random
 import signal
 import sys
 import tempfile
@@ -46,35 +45,29 @@ def on_terminal() -> bool:
 
 def announce(line: str) -> None:
     """Write one line for the user to stderr; of several ranks, only rank 0 does."""
-    if rank():
-        return
-    if on_terminal():
+    if on_terminal() and not rank():
         tqdm.write(line, file=sys.stderr)  # above the bar, not into it
-    else:
+    elif not rank():
         print_line(line, sys.stderr)
 
 
-def print_line(line: str, stream=None) -> None:
-    """Print to stdout, or to `stream`, and flush. A closed pipe or a full disk does not end a run."""
+def print_line(line: str, stream=None, must_succeed: bool = False) -> None:
+    """Print to stdout or `stream`, and flush. A closed pipe is no error, nor is a full disk unless `must_succeed`."""
     stream = sys.stdout if stream is None else stream
     try:
         print(line, file=stream, flush=True)
     except BrokenPipeError:
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), stream.fileno())
-    except OSError:
-        pass  # the line is lost, not the run
+    except OSError:  # the line is lost, not the run
+        if must_succeed:
+            raise
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Return True if NumPy or PyTorch raised `error` because memory does not suffice."""
     words = ("can't allocate memory", "Storage size calculation overflowed", "out of memory")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
-
-
-def draw_seed() -> int:
-    """Return a random seed in [0, 2**32), the range that NumPy accepts."""
-    return random.SystemRandom().randrange(2**32)
 
 
 def seed_everything(seed: int) -> None:
@@ -84,26 +77,14 @@ def seed_everything(seed: int) -> None:
 
 
 def choose_device(name: str) -> tuple[torch.device, str]:
-    """Turn `--device` into a device and, for "auto", a line that says which one it is and why.
-
-    Args:
-        name: "auto", "cpu", "cuda" or "mps".
-
-    Raises:
-        BadInput: PyTorch does not find the named device.
-    """
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name == "auto":
-        if cuda:
-            return torch.device("cuda"), f"Device: cuda ({torch.cuda.get_device_name()}), as PyTorch finds a GPU."
-        if mps:
-            return torch.device("mps"), "Device: mps (this Mac's GPU), as PyTorch finds no CUDA GPU."
-        threads = torch.get_num_threads()
-        return torch.device("cpu"), f"Device: cpu ({threads} threads), as PyTorch finds no GPU."
-    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
-        found = ", ".join(["cpu"] + ["cuda"] * cuda + ["mps"] * mps)
-        raise BadInput(f"argument --device: {name} is not available here; PyTorch finds: {found}")
-    return torch.device(name), ""
+    """Turn `--device` into a device and a line that says which and why. Raises BadInput if it is not there."""
+    found = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name != "auto":
+        if name not in found:
+            raise BadInput(f"argument --device: {name} is not available here; PyTorch finds: {', '.join(found)}")
+        return torch.device(name), f"Device: {name}."
+    why = {"cuda": "a GPU", "mps": "this Mac's GPU", "cpu": f"no GPU; {torch.get_num_threads()} threads"}
+    return torch.device(found[0]), f"Device: {found[0]}, as PyTorch finds {why[found[0]]}."
 
 
 def as_data(opt) -> dict:
@@ -124,17 +105,13 @@ def check_writable(flag: str, folder: Path) -> None:
     try:
         tempfile.TemporaryFile(dir=nearest_folder(folder)).close()
     except OSError as error:
-        raise BadInput(
-            f"argument {flag}: cannot write to {str(folder)!r} ({error.strerror}); name a folder that you may write to"
-        ) from error
+        raise BadInput(f"argument {flag}: cannot write to {str(folder)!r} ({error.strerror}): name another") from error
 
 
 def load_data(path: Path):
     """Read what torch.save wrote, as data: nothing in the file is run, and its checksums must be right.
 
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is corrupt, or holds more than data.
+    Raises OSError if the file cannot be read, and ValueError if it is corrupt, or holds more than data.
     """
     try:
         with zipfile.ZipFile(path) as archive:  # torch.save writes zip files, but torch.load skips their checksums
@@ -150,14 +127,7 @@ def load_data(path: Path):
 def atomic_write(path: Path, write) -> None:
     """Write a whole file or none: to a temporary file beside it, flushed to the disk, then renamed.
 
-    A missing folder is made. A link is followed.
-
-    Args:
-        path: the file.
-        write: called with a binary buffer, which it fills.
-
-    Raises:
-        OSError: the folder cannot be written, or the disk is full; `path` keeps what it held.
+    `write(buffer)` fills a binary buffer. A missing folder is made, a link is followed. An OSError changes nothing.
     """
     buffer = io.BytesIO()  # with a buffer, a full disk is an OSError and not an error of the zip writer
     write(buffer)

@@ -1,5 +1,4 @@
 """The training images, as bytes and labels, and shuffled batches of them.
-
 Imports only utils. builtin.py reads the known sets, folder.py a user's own images, batches.py makes the batches.
 """
 
@@ -40,18 +39,11 @@ def check_data_root(name: str, data_root: Path | None) -> None:
 def load_dataset(
     name: str, data_root: Path | None, img_size: int, n_cpu: int = 1, scratch: Path | None = None, train: bool = True
 ) -> LabelledImages:
-    """Read a data set, each image resized with PIL as the tutorial's transform does.
+    """Read one of NAMES, each image resized with PIL to `img_size` pixels as the tutorial's transform does.
 
-    Args:
-        name: one of NAMES.
-        data_root: the folder of the files, or of the classes' folders; unused for MNIST.
-        img_size: image side, pixels.
-        n_cpu: workers that decode a large folder; at most as many as this process has cores.
-        scratch: where a folder that exceeds the memory budget is decoded to; by default the system's temporary one.
-        train: True for the training images, False for the test images; a folder has no such parts.
-
-    Raises:
-        BadInput: a file is missing, corrupt or cannot be downloaded; or the disk or memory does not suffice.
+    Up to `n_cpu` workers decode a large folder; one that exceeds the memory budget into a file in `scratch`, by default
+    the system's temporary folder. Only the other sets have test images (`train=False`). Raises BadInput for a file that
+    is missing, corrupt or cannot be downloaded.
     """
     if name == "folder":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -11,16 +11,11 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
 
 
 class Batches:
-    """Shuffled batches, drawn as the tutorial's `DataLoader(shuffle=True)` draws them.
+    """Shuffled batches of `batch_size` images, drawn as the tutorial's `DataLoader(shuffle=True)` draws them.
 
     An epoch takes the same numbers from torch's CPU stream as that loader: first a base seed for its workers, unused
-    here, then the sampler's seed, from which one permutation follows. The last, smaller batch is kept.
-
-    Args:
-        data: the training set; its images are copied to `device` once if they are in memory.
-        batch_size: images a batch, for each rank.
-        device: where the batches are needed.
-        ranks: training.distributed.Ranks, which share each batch; None for a single one.
+    here, then the sampler's seed, from which one permutation follows. The last, smaller batch is kept. Images in memory
+    are copied to `device` once. `ranks`, a training.distributed.Ranks, each take their share of a larger batch.
     """
 
     def __init__(self, data, batch_size: int, device="cpu", ranks=None):
@@ -44,11 +39,11 @@ class Batches:
         is_batch = rest >= self.world_size or len(self.labels) == rest
         smallest = rest // self.world_size if is_batch else self.batch_size
         if smallest == 0:
-            raise BadInput(f"argument --data_root: {len(self.labels)} images are too few for {self.world_size} ranks: "
-                           "add some")  # fmt: skip
-        if smallest == 1 and img_size == 16:  # D ends at a single pixel, whose batch norm needs two values
-            raise BadInput(f"argument --batch_size: {self.batch_size} leaves a batch of one image, but at --img_size "
-                           "16 D's batch norm needs two: change it")  # fmt: skip
+            raise BadInput(f"{len(self.labels)} images are too few for {self.world_size} ranks: add images")
+        if smallest == 1 and img_size == 16:  # D ends at a single pixel, and its batch norm needs two values
+            raise BadInput(
+                f"argument --batch_size: {self.batch_size} leaves a batch of one image, too few at 16 pixels"
+            )
 
     def __iter__(self):
         """Yield the indices of each batch of an epoch, int64 (B,), or of the rest of a restored one."""
@@ -75,11 +70,7 @@ class Batches:
         return {"sampler_seed": self.sampler_seed, "position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue where state_dict() was taken; the end of an epoch is the start of the next.
-
-        Raises:
-            ValueError: `state` is no position in an epoch.
-        """
+        """Continue where state_dict() was taken; the end of an epoch is the start of the next. Raises ValueError."""
         if any(type(value) is not int for value in state.values()) or not 0 <= state["position"] <= len(self):
             raise ValueError("no position in an epoch")
         torch.Generator().manual_seed(state["sampler_seed"])  # raises for what is no seed

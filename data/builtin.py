@@ -28,14 +28,7 @@ AT_ONCE = 10_000  # images resized at a time
 
 
 def load_builtin(name: str, data_root: Path | None, img_size: int, train: bool):
-    """Read a known data set; the arguments are those of data.load_dataset.
-
-    Returns:
-        images, uint8 (N, C, img_size, img_size); labels, int64 (N,); the classes' names.
-
-    Raises:
-        BadInput: a file is missing, corrupt or cannot be downloaded.
-    """
+    """Return images, uint8 (N, C, img_size, img_size), labels, int64 (N,), and classes' names. Raises BadInput."""
     files = IDX[:2] if train else IDX[2:]
     if name == "mnist":
         images, labels = (read_idx(BUNDLED / file, "restore it with 'git checkout data/mnist'") for file in files)
@@ -50,19 +43,14 @@ def load_builtin(name: str, data_root: Path | None, img_size: int, train: bool):
             images, labels = source.data, np.asarray(source.targets)
         classes = list((source or kind).classes)
     images = images if images.ndim == 4 else images[..., None]
-    if len(images) != len(labels) or labels.ndim != 1 or labels.max() >= len(classes):
+    square = images.ndim == 4 and images.shape[1] == images.shape[2]
+    if not square or len(images) != len(labels) or labels.ndim != 1 or max(labels, default=0) >= len(classes):
         raise BadInput(f"a file of {name} is corrupt: {len(images):,} images do not match {len(labels):,} labels")
-    if images.shape[1] != images.shape[2]:
-        raise BadInput(f"a file of {name} is corrupt: its images are not square")
     return resize(images, img_size), torch.from_numpy(labels.astype(np.int64)), classes
 
 
 def read_idx(path: Path, hint: str) -> np.ndarray:
-    """Read an IDX file of bytes, gzipped or, without .gz in its name, unpacked; its checksum must be right.
-
-    Raises:
-        BadInput: the file is missing or corrupt; the line ends in `hint`.
-    """
+    """Read an IDX file of bytes, gzipped or, without .gz in its name, unpacked. Raises BadInput, ending in `hint`."""
     plain = path.with_suffix("")
     try:
         unpacked = plain.exists() and not path.exists()
@@ -78,11 +66,7 @@ def read_idx(path: Path, hint: str) -> np.ndarray:
 
 
 def fetch(name: str, data_root: Path, train: bool):
-    """Download the files of a set unless they are there; return torchvision's data set, or None for IDX files.
-
-    Raises:
-        BadInput: the files cannot be downloaded or written, or are corrupt.
-    """
+    """Download the files of a set unless they are there; return torchvision's data set, or None for IDX files."""
     kind, folder, files = SETS[name]
     folder = data_root / folder
     if files == IDX and all((folder / file).exists() or (folder / file).with_suffix("").exists() for file in files):
@@ -100,7 +84,7 @@ def fetch(name: str, data_root: Path, train: bool):
             with contextlib.suppress(OSError):
                 part.rmdir()  # made by torchvision and left empty
         raise BadInput(
-            f"{name} is missing or corrupt, and cannot be downloaded: connect this machine, or {put}"
+            f"{name} is missing or corrupt, and no download works: connect this machine, or {put}"
         ) from error
 
 
@@ -108,14 +92,8 @@ def resize(images: np.ndarray, img_size: int) -> torch.Tensor:
     """Resize images as PIL does one by one, but all at once.
 
     PIL resizes along the width, rounds to bytes, then along the height. So many images, stacked into a single tall
-    one, come out with the same bytes if they are resized along the width, transposed, and resized again.
-
-    Args:
-        images: uint8 (N, h, w, C).
-        img_size: side of the result, pixels.
-
-    Returns:
-        uint8 (N, C, img_size, img_size).
+    one, come out with the same bytes if they are resized along the width, transposed, and resized again. From uint8
+    (N, h, w, C) to uint8 (N, C, img_size, img_size).
     """
     n, _, _, channels = images.shape
     resized = torch.empty(n, channels, img_size, img_size, dtype=torch.uint8)

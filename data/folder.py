@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
-from torchvision import datasets, transforms
+from torchvision import transforms
 from torchvision.transforms import functional
 from tqdm import tqdm
 
@@ -20,6 +20,7 @@ from utils import BadInput, announce, on_terminal
 MEMORY_SHARE = 0.25  # of the memory that the decoded images may take
 MANY = 2000  # images from which on workers decode a folder
 CHUNK = 64  # images that a worker decodes at a time
+SUFFIXES = (".png", ".jpg", ".jpeg")
 FORMATS = ("PNG", "JPEG")  # whatever a file's name says: other readers of Pillow start programs
 GREY_MODES = {"1", "L", "LA", "I;16", "I"}
 
@@ -27,13 +28,8 @@ GREY_MODES = {"1", "L", "LA", "I;16", "I"}
 def load_folder(root: Path, img_size: int, workers: int, scratch: Path):
     """Read ROOT/CLASS/**/*.png or .jpg, grey if all of them are, else colour, cropped to a centred square.
 
-    `workers` processes decode MANY images or more; to a file in `scratch` if they exceed the memory budget.
-
-    Returns:
-        images, uint8 (N, C, img_size, img_size); labels, int64 (N,); the classes' names; True if in memory.
-
-    Raises:
-        BadInput: a folder cannot be read, a class is alone or empty, a file is no image, or the disk does not suffice.
+    `workers` processes decode MANY images or more; to a file in `scratch` if they exceed the memory budget. Returns the
+    fields of data.LabelledImages. Raises BadInput for what is no image, and if the disk does not suffice.
     """
     paths, labels, classes = find_images(root)
     grey = [is_grey(path) for path in paths]  # of all, as each header is checked
@@ -46,10 +42,8 @@ def load_folder(root: Path, img_size: int, workers: int, scratch: Path):
         return images, labels, classes, True
     size, free = (f"{n / 2**30:.1f} GiB" for n in (n_bytes, shutil.disk_usage(scratch).free))
     if shutil.disk_usage(scratch).free < n_bytes:
-        raise BadInput(f"argument --data_root: the images take {size} at this size, and {str(scratch)!r} has {free}: "
-                       "free space there, or lower --img_size")  # fmt: skip
-    announce(f"Images: {size} at this size exceed the memory budget. They are decoded once, into a temporary file of "
-             f"{size} in {str(scratch)!r}.")  # fmt: skip
+        raise BadInput(f"the images take {size} of disk at this size, and {str(scratch)!r} has {free}: free some")
+    announce(f"Images: {size} exceed the memory budget; decoded once, into a temporary file in {str(scratch)!r}.")
     with tempfile.TemporaryFile(dir=scratch) as file:  # it has no name, so nothing is left behind
         for chunk in decoded(files, workers):
             file.write(chunk.numpy())
@@ -58,45 +52,34 @@ def load_folder(root: Path, img_size: int, workers: int, scratch: Path):
 
 
 def find_images(root: Path) -> tuple[list[str], torch.Tensor, list[str]]:
-    """Return the paths of all images, their labels, int64 (N,), and the classes' names. Raises BadInput."""
+    """Return the paths of all images, their labels, int64 (N,), and the classes' names; hidden ones are skipped."""
     if not os.path.isdir(root):
         raise BadInput(f"there is no folder {str(root)!r}: name one that holds a folder for each class")
 
     def fail(error: OSError):
         raise BadInput(f"cannot read {error.filename!r} ({error.strerror}): allow reading it or remove it") from error
 
-    seen = set()
-    for folder, _, _ in os.walk(root, onerror=fail, followlinks=True):
-        if os.path.realpath(folder) in seen:
-            raise BadInput(f"{folder!r} is a link to a folder that is read already: remove it")
-        seen.add(os.path.realpath(folder))
-    try:
-        found = VisibleFolders(root)
-    except FileNotFoundError as error:
-        raise BadInput(f"{str(root)!r}: {first_line(error)}: add .png or .jpg files, or remove the folder") from error
-    return [path for path, _ in found.samples], torch.tensor([label for _, label in found.samples]), found.classes
-
-
-class VisibleFolders(datasets.ImageFolder):
-    """An ImageFolder that skips hidden files and folders, such as .git, and reads PNG and JPEG."""
-
-    def __init__(self, root: Path):
-        super().__init__(root, is_valid_file=self.is_wanted)
-
-    def is_wanted(self, path: str) -> bool:
-        hidden = any(part.startswith(".") for part in Path(path).relative_to(self.root).parts)
-        return path.lower().endswith((".png", ".jpg", ".jpeg")) and not hidden
-
-    def find_classes(self, directory) -> tuple[list[str], dict[str, int]]:
-        entries = [entry for entry in os.scandir(directory) if entry.is_dir() and not entry.name.startswith(".")]
-        classes = sorted(entry.name for entry in entries)
-        if len(classes) < 2:
-            raise BadInput(f"{str(directory)!r} holds {len(classes)} folders of images, but two classes or more are "
-                           "needed: put each class's images into its own folder")  # fmt: skip
-        for name in classes:
-            if not name.isprintable():
-                raise BadInput(f"{name!r} cannot be printed as the name of a class: rename the folder")
-        return classes, {name: number for number, name in enumerate(classes)}
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    if len(classes) < 2:
+        raise BadInput(f"{str(root)!r} holds {len(classes)} folders of images, but two classes or more are needed: put "
+                       "each class's images into its own folder")  # fmt: skip
+    paths, labels, seen = [], [], set()
+    for label, name in enumerate(classes):
+        if not name.isprintable():
+            raise BadInput(f"{name!r} cannot be printed as the name of a class: rename the folder")
+        for folder, subfolders, files in os.walk(root / name, onerror=fail, followlinks=True):
+            if os.path.realpath(folder) in seen:
+                raise BadInput(f"{folder!r} is a link to a folder that is read already: remove it")
+            seen.add(os.path.realpath(folder))
+            subfolders[:] = sorted(subfolder for subfolder in subfolders if not subfolder.startswith("."))
+            images = [file for file in sorted(files) if file.lower().endswith(SUFFIXES) and not file.startswith(".")]
+            paths += [os.path.join(folder, image) for image in images]
+        labels += [label] * (len(paths) - len(labels))
+        if label not in labels:
+            raise BadInput(
+                f"{str(root / name)!r} holds no image: add {', '.join(SUFFIXES)} files, or remove the folder"
+            )
+    return paths, torch.tensor(labels), classes
 
 
 def is_grey(path: str) -> bool:
@@ -132,7 +115,8 @@ class ImageFiles(Dataset):
         except MemoryError:
             raise
         except Exception as error:  # Pillow's readers raise a dozen kinds for garbage
-            return BadInput(f"{path!r} is corrupt, or not a PNG or JPEG ({first_line(error)}): replace or delete it")
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            return BadInput(f"{path!r} is corrupt, or not a PNG or JPEG ({why}): replace or delete it")
 
 
 def decoded(files: ImageFiles, workers: int):
@@ -176,8 +160,3 @@ def memory() -> float:
     with contextlib.suppress(ValueError, OSError):
         sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))  # "max" if there is no limit
     return min(sizes)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error, or its kind if it says nothing."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

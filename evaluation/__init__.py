@@ -1,4 +1,3 @@
 """How good are generated images? A judge of real images, the metrics on what it sees, and the scorecard.
-
-Imports only utils, models and data.
+Imports only utils, models, drawing and data.
 """

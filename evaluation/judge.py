@@ -17,13 +17,7 @@ CHUNK = 500  # images judged at a time
 
 
 class Judge(nn.Module):
-    """A convolutional classifier; its features are the 128 means that its last layer reads.
-
-    Args:
-        n_classes: number of classes.
-        img_size: side of the images it was trained on, pixels.
-        channels: image channels.
-    """
+    """A convolutional classifier; its features are the 128 means that its last layer reads."""
 
     def __init__(self, n_classes: int = 10, img_size: int = 32, channels: int = 1):
         super().__init__()
@@ -58,11 +52,7 @@ def load_judge(path: Path | None, device="cpu") -> Judge:
 
 @torch.no_grad()
 def judge_images(judge: Judge, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Judge images, uint8 (N, C, H, W), in eval mode.
-
-    Returns:
-        features, float32 (N, 128), and recognised classes, int64 (N,), both on the CPU.
-    """
+    """Return features, float32 (N, 128), and recognised classes, int64 (N,), of images, uint8 (N, C, H, W)."""
     judge.eval()
     device = next(judge.parameters()).device
     features = [judge.features(normalize(chunk.to(device))) for chunk in images.split(CHUNK)]
@@ -70,13 +60,10 @@ def judge_images(judge: Judge, images: torch.Tensor) -> tuple[torch.Tensor, torc
 
 
 def train_classifier(images, labels, n_classes: int, epochs: int, seed: int, device, jitter: bool) -> Judge:
-    """Train a Judge and return it in eval mode: AdamW, one cycle of the learning rate, batches of 128.
+    """Train a Judge on uint8 (N, C, H, W) and return it in eval mode: AdamW, one cycle of the rate, batches of 128.
 
-    Args:
-        images, labels: uint8 (N, C, H, W) and int64 (N,).
-        n_classes, epochs, device: the number of classes, the passes over the images, and where to train.
-        seed: of the initial weights, the order and the jitter; the caller's random streams stay as they are.
-        jitter: turn, scale and shift each image a little, differently in each pass.
+    `seed` fixes all draws, and the caller's random streams stay as they are. `jitter` turns, scales and shifts each
+    image a little, differently in each pass.
     """
     device, batch_size = torch.device(device), min(128, len(labels))
     images, labels = images.to(device), labels.to(device)

@@ -53,17 +53,6 @@ def agreement(judged: Judged) -> float:
     return (judged.recognised == judged.labels).double().mean().item()
 
 
-class PassThrough(torch.nn.Module):
-    """A "feature extractor" for torchmetrics whose input already is features."""
-
-    def __init__(self, num_features: int):
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features):
-        return features
-
-
 def fid(real: torch.Tensor, fake: torch.Tensor) -> float:
     """Return the Fréchet distance between two sets of features, float32 (N, F) and (M, F); 0 is best.
 
@@ -71,7 +60,9 @@ def fid(real: torch.Tensor, fake: torch.Tensor) -> float:
     """
     from torchmetrics.image.fid import FrechetInceptionDistance  # here, as it takes seconds
 
-    metric = FrechetInceptionDistance(PassThrough(real.shape[1])).set_dtype(torch.float64)
+    extractor = torch.nn.Identity()  # the input already is features
+    extractor.num_features = real.shape[1]
+    metric = FrechetInceptionDistance(extractor).set_dtype(torch.float64)
     metric.update(real.double(), real=True)
     metric.update(fake.double(), real=False)
     return max(metric.compute().item(), 0.0)  # in this order, nan stays nan
@@ -84,14 +75,11 @@ def intra_fid(real: Judged, fake: Judged, n_classes: int) -> float:
 
 
 def density_and_coverage(real: torch.Tensor, fake: torch.Tensor) -> tuple[float, float]:
-    """Measure how well fakes lie among real features, and how much of the real set has fakes near it.
+    """Measure how well fakes lie among real features, float32 (N, F), and how much of the real set has fakes near it.
 
     Around each real image lies a ball that just reaches its k-th nearest real neighbour. Density is the mean number
     of balls that a fake lies in, over k: about 1 for real images, and it can exceed 1. Coverage is the share of the
     balls that hold a fake.
-
-    Args:
-        real, fake: features, float32 (N, F) and (M, F).
     """
     k = min(NEAREST, len(real) - 1)
     inside, covered = 0, 0
@@ -106,12 +94,8 @@ def density_and_coverage(real: torch.Tensor, fake: torch.Tensor) -> tuple[float,
 def same_class_ms_ssim(images: torch.Tensor, pairs: int, seed: int) -> float:
     """Return the mean MS-SSIM over random pairs of the images of one class, in [0, 1]: alike images score high.
 
-    It is the paper's measure of diversity, in a variant that fits 32 pixels: three scales, a Gaussian window of 7.
-
-    Args:
-        images: uint8 (N, C, H, W), N at least 2.
-        pairs: number of pairs; no image is paired with itself.
-        seed: of the pairs.
+    It is the paper's measure of diversity, in a variant that fits 32 pixels: three scales, a Gaussian window of 7. The
+    images are uint8 (N, C, H, W), N at least 2; none is paired with itself.
     """
     from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as ms_ssim
 

@@ -52,13 +52,12 @@ CLASS_ROWS = [row for row in ROWS if row[0] in ("agreement", "fid", "density", "
 def balanced(images, labels, per_class: int, n_classes: int, seed: int):
     """Take `per_class` random images and labels of each class, the classes in turn, or as many as the smallest has.
 
-    Raises:
-        BadInput: a class has fewer than two images.
+    Raises BadInput if a class has fewer than two images.
     """
     counts = torch.bincount(labels, minlength=n_classes)
     if counts.min() < 2:
         raise BadInput(
-            f"class number {int(counts.argmin())} has {int(counts.min())} real images: add some, as two are needed"
+            f"class number {int(counts.argmin())} has {int(counts.min())} real images: add some, to have two"
         )
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     per_class = min(per_class, int(counts.min()))
@@ -73,49 +72,28 @@ def collapsed(generated: float, real: float) -> bool:
 
 
 def score(images, labels, real: Judged, judge: Judge, counts: Counts, seed: int = 0, device="cpu"):
-    """Score images against the real test set.
+    """Score images, uint8 (N, C, H, W), the classes in turn and as many as `counts` says, against the real test set.
 
-    Args:
-        images, labels: uint8 (N, C, H, W) and int64 (N,), the classes in turn, N at least what `counts` says.
-        real: the test set.
-        judge, device: of these classes, and where to train the CAS classifier.
-        counts, seed: images for each metric, and the seed of the pairs and of the CAS classifier.
-
-    Returns:
-        The scores by their key in ROWS, and a list of the same for each class.
+    `seed` is that of the pairs and of the CAS classifier. Returns the scores by their key in ROWS, and those by class.
     """
     n_classes = judge.config["n_classes"]
     n_scored, n_cas = counts.scored * n_classes, counts.cas * n_classes
     shown = show_to(judge, images[:n_scored], labels[:n_scored])
     by_class = metrics.scores_by_class(real, shown, counts.pairs, seed, n_classes)
     density, coverage = metrics.density_and_coverage(real.features, shown.features)
+    mean = {key: sum(row[key] for row in by_class) / n_classes for key in ("fid", "ms_ssim")}
     cas_set = images[:n_cas], labels[:n_cas], real.images, real.labels
-    scores = {
-        "agreement": agreement(shown),
-        "fid": fid(real.features, shown.features),
-        "intra_fid": sum(row["fid"] for row in by_class) / n_classes,
-        "density": density,
-        "coverage": coverage,
-        "ms_ssim": sum(row["ms_ssim"] for row in by_class) / n_classes,
-        "cas": metrics.classification_accuracy_score(*cas_set, counts.cas_epochs, seed, device),
-    }
+    cas = metrics.classification_accuracy_score(*cas_set, counts.cas_epochs, seed, device)
+    scores = dict(agreement=agreement(shown), fid=fid(real.features, shown.features), intra_fid=mean["fid"],
+                  density=density, coverage=coverage, ms_ssim=mean["ms_ssim"], cas=cas)  # fmt: skip
     return scores, by_class
 
 
 def scorecard(images, labels, train_set, test_set, judge: Judge, counts: Counts, seed: int = 0, device="cpu") -> dict:
     """Score images beside the real floor: as many training images, scored the same way against the test set.
 
-    The judge was trained on the training images. So the floor of the agreement is that of the test images.
-
-    Args:
-        images, labels, judge, counts, seed, device: as for `score`.
-        train_set, test_set: real images and labels, in any order.
-
-    Returns:
-        {"scores": {metric: {"generated": x, "real": y}}, "by_class": {name: the same}, "warnings": [...]}.
-
-    Raises:
-        BadInput: a class has fewer than two real images.
+    The judge was trained on the training images. So the floor of the agreement is that of the test images. Returns
+    {"scores": {metric: {"generated": x, "real": y}}, "by_class": {name: the same}, "warnings": [...]}. Raises BadInput.
     """
     n_classes = judge.config["n_classes"]
     balanced(*test_set, 2, n_classes, seed)  # raises for a class without images
@@ -132,14 +110,10 @@ def scorecard(images, labels, train_set, test_set, judge: Judge, counts: Counts,
 
     rows = zip(judge.classes, generated_rows, floor_rows, strict=True)
     by_class = {name: side_by_side(ours, theirs) for name, ours, theirs in rows}
-    warnings = [
-        f"class {name} has collapsed: its images are too much alike"
-        for name, row in by_class.items()
-        if collapsed(**row["ms_ssim"])
-    ]
+    alike = [name for name, row in by_class.items() if collapsed(**row["ms_ssim"])]
+    warnings = [f"class {name} has collapsed: its images are too much alike" for name in alike]
     if floor["agreement"] < GOOD_JUDGE:
-        warnings.append(f"the judge recognises only {floor['agreement']:.1%} of the real test images: train a better "
-                        "one with train_judge.py")  # fmt: skip
+        warnings.append(f"the judge recognises only {floor['agreement']:.1%} of the real images: train a better one")
     if len(real.labels) < FEW_IMAGES:
         warnings.append(f"only {len(real.labels):,} test images: FID, density and coverage are uncertain")
     return {"scores": side_by_side(generated, floor), "by_class": by_class, "warnings": warnings}
@@ -150,8 +124,7 @@ def table(card: dict) -> str:
     lines = [
         f"{card['weights']}: {card['images']:,} images, seed {card['seed']}, beside real training images,",
         f"both against the {card['test_images']:,} test images. FID, density and coverage use",
-        f"{card['feature_space']}",
-        "",
+        f"{card['feature_space']}\n",
         f"{'':34}{'good':>8}{'generated':>12}{'real':>10}",
     ]
     for key, name, good, form in ROWS:
@@ -159,10 +132,8 @@ def table(card: dict) -> str:
         lines.append(f"{name:34}{good:>8}{form.format(values['generated']):>12}{form.format(values['real']):>10}")
     lines += ["", f"{'class':12}" + "".join(f"{key.replace('_', '-'):>13}" for key, *_ in CLASS_ROWS)]
     for name, row in card["by_class"].items():
-        cells = [
-            f"{short(row[key]['generated'], form)} ({short(row[key]['real'], form)})" for key, *_, form in CLASS_ROWS
-        ]
-        lines.append(f"{name[:12]:<12}" + "".join(f"{cell:>13}" for cell in cells))
+        pairs = [[short(row[key][who], form) for who in ("generated", "real")] for key, *_, form in CLASS_ROWS]
+        lines.append(f"{name[:12]:<12}" + "".join(f"{f'{ours} ({theirs})':>13}" for ours, theirs in pairs))
     lines += ["", "In brackets: real images; agreement in %. CAS: a classifier trained on these",
               "images alone, tested on real ones."]  # fmt: skip
     lines += [f"Warning: {warning}." for warning in card["warnings"]]
@@ -181,26 +152,17 @@ def check_judge(judge: Judge, classes: list[str], img_size: int, channels: int) 
         some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         return f"{len(names)} classes ({some}) in {'grey' if channels == 1 else 'colour'}, {size} pixels"
 
-    knows = judge.classes, judge.config["img_size"], judge.config["channels"]
-    if knows != (classes, img_size, channels):
-        raise BadInput(f"argument --judge: it knows {kind(*knows)}, but the generator draws "
-                       f"{kind(classes, img_size, channels)}: train one with train_judge.py")  # fmt: skip
+    knows, wanted = (judge.classes, judge.config["img_size"], judge.config["channels"]), (classes, img_size, channels)
+    if knows != wanted:
+        raise BadInput(f"argument --judge: it knows {kind(*knows)}, but the generator draws {kind(*wanted)}")
 
 
 class EpochScorer:
     """Scores the EMA of G every so many batches of a training, and keeps the best one.
 
     The images are compared with real *training* images, so that the test images play no part in the choice. The best
-    has the lowest intra-FID. Scoring uses no random stream of the training.
-
-    Args:
-        interval: batches between scores; None for no scores at all.
-        judge_path: weight file of the judge; None for the bundled one.
-        data: the training set.
-        device: where to compute.
-
-    Raises:
-        BadInput: torchmetrics or the judge is missing, or the judge is for other images.
+    has the lowest intra-FID. Scoring uses no random stream of the training. Without an `interval`, in batches, there
+    are no scores. Raises BadInput if torchmetrics is missing, or the judge is for other images.
     """
 
     SCORED = 1000  # images of each class
@@ -217,14 +179,10 @@ class EpochScorer:
         self.real = show_to(self.judge, *balanced(data.images, data.labels, self.SCORED, self.n_classes, seed=0))
         recognised = agreement(self.real)
         if recognised < GOOD_JUDGE:
-            announce(f"Warning: the judge recognises only {recognised:.1%} of the real training images; its scores "
-                     "mean little.")  # fmt: skip
+            announce(f"Warning: the judge recognises only {recognised:.1%} of the real images: its scores mean little.")
 
     def if_due(self, step: int, record, ema: Generator, discriminator: Discriminator) -> None:
-        """Score the EMA if it is due after `step` batches.
-
-        `record`, a training.record.RunRecord, notes the scores, and keeps the networks if they are the best so far.
-        """
+        """Score the EMA if it is due after `step` batches; the RunRecord notes the scores, and keeps the best."""
         if self.interval is None or step % self.interval:
             return
         scores = self.score(ema)
@@ -239,11 +197,8 @@ class EpochScorer:
         """Return label agreement, FID and intra-FID of images from the same noise every time."""
         labels = torch.arange(self.n_classes).repeat(self.SCORED)
         drawn = show_to(self.judge, draw_set(generator, labels, seed=0), labels)
-        return {
-            "agreement": agreement(drawn),
-            "fid": fid(self.real.features, drawn.features),
-            "intra_fid": metrics.intra_fid(self.real, drawn, self.n_classes),
-        }
+        scores = dict(agreement=agreement(drawn), fid=fid(self.real.features, drawn.features))
+        return scores | {"intra_fid": metrics.intra_fid(self.real, drawn, self.n_classes)}
 
     def lowest_intra_fid(self, best_generator: Path) -> float:
         """Return that of the best G kept so far; infinite if there is none, or another judge scored it."""

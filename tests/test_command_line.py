@@ -45,7 +45,7 @@ import acgan
         (["--out_dir", "a_file/run"], "--out_dir: cannot write to 'a_file/run'"),
         (["--out_dir", "/proc/run"], "--out_dir: cannot write to '/proc/run'"),
         (["--out_dir", "in_the_way"], "--out_dir: .*images' is not a folder"),
-        (["--out_dir", "a_run_of_others"], "--out_dir: .*config.json' is not from a run of this script"),
+        (["--out_dir", "a_run_of_others"], "--out_dir: .*config.json' is not from a run"),
         (["--resume"], "--resume: there is no checkpoint.pt in '.'"),
         (["--resume", "a_file"], "--resume: there is no checkpoint.pt in 'a_file'"),
         (["--resume", "in_the_way", "--out_dir", "b"], "--resume: a run continues in its own folder, 'in_the_way'"),

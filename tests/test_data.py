@@ -167,6 +167,6 @@ def test_no_files_and_no_network_says_what_to_put_where(name, tmp_path, monkeypa
     monkeypatch.setattr(kind, "mirrors", ["http://127.0.0.1:9/"])
     with pytest.raises(BadInput) as error:
         load_dataset(name, tmp_path, 28)
-    assert f"{name} is missing or corrupt, and cannot be downloaded: connect this machine, or put" in str(error.value)
+    assert f"{name} is missing or corrupt, and no download works: connect this machine, or put" in str(error.value)
     assert f"into '{tmp_path / folder}'" in str(error.value) and files[0] in str(error.value)
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())

@@ -102,7 +102,7 @@ def test_folder_beyond_the_memory_budget_is_decoded_into_a_file(shapes, straight
     in_memory = load_dataset("folder", shapes, 32)
     monkeypatch.setattr(folder, "MEMORY_SHARE", 0)
     result = train(*SMALL, "--data_root", shapes, "--seed", 2, "--max_steps", 20, "--out_dir", tmp_path / "run")
-    assert result.status == 0 and "exceed the memory budget. They are decoded once, into a temporary file" in result.err
+    assert result.status == 0 and "exceed the memory budget; decoded once, into a temporary file" in result.err
     assert_same_run(tmp_path / "run", straight)
     on_disk = load_dataset("folder", shapes, 32, scratch=tmp_path)
     assert not on_disk.in_memory and torch.equal(on_disk.images, in_memory.images)
@@ -112,7 +112,7 @@ def test_folder_beyond_the_memory_budget_is_decoded_into_a_file(shapes, straight
     for indices in batches:
         assert torch.equal(batches.gather(indices)[0], Batches(in_memory, 32).gather(indices)[0])
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
-    with pytest.raises(BadInput, match="the images take 0.0 GiB at this size, and .* has 0.0 GiB: free space there"):
+    with pytest.raises(BadInput, match="the images take 0.0 GiB of disk at this size, and .* has 0.0 GiB: free some"):
         load_dataset("folder", shapes, 32, scratch=tmp_path)
 
 
@@ -168,7 +168,7 @@ def test_mixed_modes_become_one(tmp_path):
         ("missing", "there is no folder '.*': name one that holds a folder for each class"),
         ("empty", "holds 0 folders of images"),
         ("one class", "holds 1 folders of images"),
-        ("empty class", "Found no valid file for the classes green box"),
+        ("empty class", "green box' holds no image: add .png, .jpg, .jpeg files"),
         ("text", "green box/2.png' is not a PNG or JPEG that can be read: replace or delete it"),
         ("postscript", "green box/2.png' is not a PNG or JPEG that can be read"),
         ("pipe", "green box/2.png' is not a PNG or JPEG that can be read"),

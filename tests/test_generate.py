@@ -11,11 +11,11 @@ from conftest import ROOT, call, errors
 from PIL import Image
 
 import generate
-from cli import BUNDLED_GENERATOR, print_result, run_command
+from cli import BUNDLED_GENERATOR, run_command
 from drawing import draw_images, draw_set
 from evaluation.judge import judge_images, load_judge
 from models import Generator, load_network, save_network
-from utils import atomic_write
+from utils import atomic_write, print_line
 
 
 def cells(path, rows, columns):
@@ -143,7 +143,7 @@ def test_links_are_followed_and_two_writers_never_share_a_file(tmp_path, monkeyp
 def test_full_disk_behind_the_output_is_an_error(capsys, monkeypatch):
     with open("/dev/full", "w") as full, monkeypatch.context() as patched:
         patched.setattr("sys.stdout", full)
-        assert run_command("a.py", lambda: print_result("result")) == 2
+        assert run_command("a.py", lambda: print_line("result", must_succeed=True)) == 2
         patched.undo()
         with contextlib.suppress(OSError):
             full.close()

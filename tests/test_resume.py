@@ -129,7 +129,7 @@ def test_files_that_are_no_checkpoint_get_one_line_and_run_nothing(copy, train):
     }
     for kind, content in contents.items():
         newest.write_bytes(content)
-        assert "is corrupt, or is not a checkpoint of this script" in fails(train, copy, "--resume", copy), kind
+        assert "is corrupt, or is not a checkpoint" in fails(train, copy, "--resume", copy), kind
         assert "unfinished run" in fails(train, copy, *SMALL, "--out_dir", copy), kind  # a new run keeps it
     assert not marker.exists()
     torch.save({"format": "acgan checkpoint 1", "steps": 3}, newest)

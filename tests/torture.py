@@ -78,8 +78,8 @@ def kills(opt: argparse.Namespace, folder: Path) -> int:
     boards = (read_board(run).Scalars("batch/d_loss") for run in (out_dir, straight))
     ours, theirs = ([(event.step, event.value) for event in events] for events in boards)
     assert ours == theirs
-    print(f"{opt.count or 30} kills, {in_start} of them during the first 5 s; {fallbacks} times the previous "
-          f"checkpoint was used; after {steps} batches the run equals one without interruption, bit by bit")  # fmt: skip
+    print(f"{opt.count or 30} kills, {in_start} of them in the first 5 s; {fallbacks} times the previous "
+          f"checkpoint was used; after {steps} batches the run equals one without interruption")  # fmt: skip
     return 0
 
 

@@ -1,4 +1,3 @@
 """What stands beside the training loop: checkpoints, the record of a run, speed, and several ranks.
-
-Imports only utils, models, data and evaluation.
+Imports only utils, models, drawing, data and evaluation.
 """

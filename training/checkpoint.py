@@ -18,13 +18,9 @@ PARTS = ("generator", "discriminator", "optimizer_G", "optimizer_D", "batches", 
 
 
 class Checkpoints:
-    """Writes `checkpoint.pt` in a run's folder; `restore` is its other half.
+    """Writes `checkpoint.pt` in a run's folder: the states of `parts`, by the names in PARTS, and the random states.
 
-    Args:
-        opt: the run's options.
-        device: where the run trains; its random state is kept too.
-        record: the RunRecord; what it has written is flushed to the disk before a checkpoint.
-        parts: objects with state_dict(), by the names in PARTS.
+    What the `record` has written is flushed to the disk first. `restore` is the other half.
     """
 
     SECONDS = 120
@@ -47,16 +43,15 @@ class Checkpoints:
         try:
             self.save(step)
         except OSError as error:
-            announce(f"Warning: no checkpoint after batch {step - 1} ({error.strerror or error}): "
-                     "training continues, and the earlier one is kept.")  # fmt: skip
+            announce(
+                f"Warning: no checkpoint after batch {step - 1} ({error.strerror or error}): the earlier one is kept."
+            )
         self.last_time = time.monotonic()
 
     def save(self, step: int, finished: bool = False) -> None:
         """Write a checkpoint after `step` batches; the one before becomes checkpoint.previous.pt.
 
-        Raises:
-            Diverged: a number in the state is not finite; nothing is written.
-            OSError: it cannot be written; the earlier ones are kept.
+        Raises Diverged, and writes nothing, if a number is not finite. After an OSError the earlier ones are kept.
         """
         if not self.record.writes:  # a rank other than 0
             return
@@ -87,11 +82,7 @@ class Checkpoints:
 
 
 def restore(checkpoint: dict, parts: dict, device: torch.device) -> int:
-    """Set all parts and the random states to what a checkpoint holds, and return its number of batches done.
-
-    Raises:
-        BadInput: the checkpoint does not fit its own options.
-    """
+    """Set all parts and random states to what a checkpoint holds, and return its batches done. Raises BadInput."""
     try:
         for name, part in parts.items():
             state = checkpoint["parts"][name]
@@ -107,12 +98,9 @@ def restore(checkpoint: dict, parts: dict, device: torch.device) -> int:
     except Exception as error:  # the file's checksums were right, so it was made so
         if out_of_memory(error):
             raise
-        raise BadInput(
-            f"argument --resume: the checkpoint's {name} does not fit its options: use another one"
-        ) from error
+        raise BadInput(f"argument --resume: the checkpoint's {name} does not fit its options") from error
     if not exact:
-        announce(f"The checkpoint is from another device or number of threads than {device} has here: the run "
-                 "resumes, but not bit-exactly.")  # fmt: skip
+        announce("The checkpoint is from another device or number of threads: the run resumes, but not bit-exactly.")
     return checkpoint["step"]
 
 
@@ -133,11 +121,7 @@ def check_moments(state: dict, optimizer: torch.optim.Optimizer) -> None:
 def read_checkpoint(folder: Path, quiet: bool = False) -> dict:
     """Read the newest checkpoint of a run's folder as data, never as code; if it is corrupt, the previous one.
 
-    Returns:
-        What Checkpoints.save wrote, and under "file" the path that was read.
-
-    Raises:
-        BadInput: there is none, or none that can be read.
+    Returns what Checkpoints.save wrote, and under "file" the path that was read. Raises BadInput.
     """
     paths = [folder / name for name in (NEWEST, PREVIOUS) if (folder / name).exists()]
     if not paths:
@@ -153,21 +137,15 @@ def read_checkpoint(folder: Path, quiet: bool = False) -> dict:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
         if old:
-            raise BadInput(f"argument --resume: {str(path)!r} is from an older version of this script: resume it with "
-                           "that version, or start a new run elsewhere")  # fmt: skip
-    raise BadInput(f"argument --resume: {str(paths[0])!r} is corrupt, or is not a checkpoint of this script: "
-                   "name another run")  # fmt: skip
+            raise BadInput(f"argument --resume: {str(path)!r} is from an older version of this script: resume it there")
+    raise BadInput(f"argument --resume: {str(paths[0])!r} is corrupt, or is not a checkpoint: name another run")
 
 
 def is_complete(packed: dict) -> bool:
     """Return True if a file holds all parts of a checkpoint of today's format. Raises what is wrong otherwise."""
-    counts = packed["step"], packed["options"]["seed"]
-    return (
-        packed["format"] == FORMAT
-        and all(type(count) is int and count >= 0 for count in counts)
-        and packed["options"].keys() >= OPTIONS
-        and packed["parts"].keys() >= set(PARTS)
-    )
+    has_counts = all(type(count) is int and count >= 0 for count in (packed["step"], packed["options"]["seed"]))
+    has_all = packed["options"].keys() >= OPTIONS and packed["parts"].keys() >= set(PARTS)
+    return packed["format"] == FORMAT and has_counts and has_all
 
 
 def describe_last(folder: Path) -> str:

@@ -21,13 +21,8 @@ class Ranks:
 
     PyTorch's DistributedDataParallel averages the gradients, over NCCL on GPUs and gloo on CPUs. Rank 0 draws from the
     random streams as a single process does. Every other rank seeds its streams at each batch, from the run's seed, its
-    number and the batch. So one checkpoint, of rank 0, holds all that matters.
-
-    Args:
-        device: where to train; on "cuda" each rank takes the GPU of its local number.
-
-    Raises:
-        BadInput: there are more ranks than GPUs.
+    number and the batch. So one checkpoint, of rank 0, holds all that matters. On "cuda" each rank takes the GPU of its
+    local number; more ranks than GPUs are BadInput.
     """
 
     def __init__(self, device: torch.device):
@@ -52,11 +47,11 @@ class Ranks:
     @contextlib.contextmanager
     def rank_0_first(self):
         """Let rank 0 run the block before all others. Raises LostRank on these if it fails."""
-        if self.world_size > 1 and self.rank:
-            try:
+        try:
+            if self.rank:
                 dist.barrier()
-            except RuntimeError as error:
-                raise LostRank("rank 0 was lost") from error
+        except RuntimeError as error:
+            raise LostRank("rank 0 was lost") from error
         yield
         if self.world_size > 1 and not self.rank:
             dist.barrier()
@@ -70,10 +65,7 @@ class Ranks:
         return int(shared)
 
     def wrap(self, *networks):
-        """Return the networks as the training calls them: their gradients are averaged over all ranks.
-
-        On GPUs batch norm takes its statistics over all ranks, by SyncBatchNorm, which PyTorch has for CUDA only.
-        """
+        """Return the networks with gradients averaged over all ranks and, on GPUs, with SyncBatchNorm."""
         if self.world_size == 1:
             return networks
         if self.device.type == "cuda":
@@ -110,12 +102,7 @@ def was_restarted() -> bool:
 
 
 def explain(error: BaseException | None, step: int) -> None:
-    """Raise Diverged or LostRank for PyTorch's own errors about NaN and about lost ranks; else do nothing.
-
-    Args:
-        error: what ended the training.
-        step: the batch that it ended in.
-    """
+    """Raise Diverged or LostRank if what ended the training in batch `step` is PyTorch's own error about these."""
     if not isinstance(error, RuntimeError):
         return
     words = str(error)

@@ -62,15 +62,8 @@ class RunRecord(SilentRecord):
     On a terminal it shows a bar for each epoch; piped, it prints a line for each epoch to stdout. A new run first moves
     an earlier run's files aside. A grid, row or curve that cannot be written is a warning, and the run continues.
 
-    Args:
-        opt: the options of the run, with what acgan.check_data adds to them.
-        device: where the run trains.
-        steps_per_epoch: batches an epoch.
-        step: batches done; above 0 the run is resumed, and its record is cut back to there.
-
-    Raises:
-        OSError: the folder cannot be written, or the disk is full.
-        BadInput: another run writes there.
+    If `step` batches are done, the run is resumed, and its record is cut back to there. Raises OSError if the folder
+    cannot be written, and BadInput if another run writes there.
     """
 
     writes = True
@@ -86,7 +79,9 @@ class RunRecord(SilentRecord):
         if not step:
             run_folder.set_aside_earlier_run(self.out_dir)
         (self.out_dir / "images").mkdir(exist_ok=True)
-        self.log_dir = run_folder.log_dir_of(self.out_dir, resumed=step > 0)
+        self.log_dir = (run_folder.earlier_log_dir(self.out_dir) if step else None) or run_folder.new_log_dir(
+            self.out_dir
+        )
         config = dict(options=as_data(opt), seed=opt.seed, device=str(device), classes=opt.classes, resumed_after=step,
                       log_dir=self.log_dir.relative_to(self.out_dir).as_posix(), versions=versions())  # fmt: skip
         atomic_write(self.out_dir / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
@@ -164,7 +159,7 @@ class RunRecord(SilentRecord):
         """Write the graphs of both networks as one, as TensorBoard keeps one a run; a resumed run has it already."""
         if not self.step:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the tracer's warnings do not concern this run
+                warnings.simplefilter("ignore")  # the tracer's, which do not concern this run
                 self.to_board("add_graph", BothNetworks(generator, discriminator), (z, labels, img))
 
     def progress(self, epoch: int, batches):
@@ -188,10 +183,9 @@ class RunRecord(SilentRecord):
         self.bar.close()
 
     def batch(self, step: int, metrics: dict[str, torch.Tensor]) -> None:
-        """Record batch `step`; the figures are read only if the bar or the log needs them.
+        """Record batch `step`; the figures are read only if the bar or the log needs them, or on the CPU.
 
-        Raises:
-            Diverged: a loss is not finite. On the CPU each batch is checked, else when the figures are read.
+        Raises Diverged if a loss that is read is not finite.
         """
         logged = step % self.opt.log_interval == 0
         seen = not self.bar.disable and time.monotonic() >= self.next_look
@@ -238,12 +232,9 @@ class RunRecord(SilentRecord):
         return clock(seconds_per_batch * (self.opt.total_steps - step - 1))
 
     def grid(self, kind: str, imgs: torch.Tensor, step: int) -> None:
-        """Write a grid of generated images, one column a class, to TensorBoard and as a PNG.
+        """Write a grid of images, float (N, C, H, W) of any range, one column a class, to TensorBoard and as a PNG.
 
-        Args:
-            kind: "fake_image", written to images/{step}.png, or "fixed_z", to images/fixed_z/{step}.png.
-            imgs: float (N, C, H, W), of any range.
-            step: batch, counted from 0.
+        The file is images/{step}.png for the kind "fake_image", and images/fixed_z/{step}.png for "fixed_z".
         """
         # a run that is about to end as diverged may draw NaN
         grid = make_grid(imgs.cpu(), nrow=len(self.opt.classes), normalize=True).nan_to_num()
@@ -274,12 +265,12 @@ class RunRecord(SilentRecord):
 
     def say_end(self, finished: bool) -> None:
         """Announce what the run leaves and what to type next."""
-        if not finished:
-            done = f"{self.step + 1:,} of {self.opt.total_steps:,}"
-            announce(f"Stopped after batch {done}; to continue: --resume {self.out_dir}")
-            return
-        announce(f"Done: {', '.join(run_folder.WEIGHTS)} and images/film.gif are in {self.out_dir.resolve()}")
-        announce(f"To draw with them: python generate.py --weights {self.out_dir}")
+        total = self.opt.total_steps
+        if finished:
+            announce(f"Done: {', '.join(run_folder.WEIGHTS)} and images/film.gif are in {self.out_dir.resolve()}")
+            announce(f"To draw with them: python generate.py --weights {self.out_dir}")
+        else:
+            announce(f"Stopped after batch {self.step + 1:,} of {total:,}; to continue: --resume {self.out_dir}")
 
 
 class BothNetworks(torch.nn.Module):

@@ -28,9 +28,7 @@ def check_out_dir(out_dir: Path) -> None:
     for name, is_wanted in [("images", Path.is_dir), ("logs", Path.is_dir), ("metrics.jsonl", Path.is_file)]:
         if (out_dir / name).exists() and not is_wanted(out_dir / name):
             what = "a folder" if is_wanted is Path.is_dir else "a file"
-            raise BadInput(
-                f"argument --out_dir: {str(out_dir / name)!r} is not {what}: move it, or name another folder"
-            )
+            raise BadInput(f"argument --out_dir: {str(out_dir / name)!r} is not {what}: name another folder")
     earlier_log_dir(out_dir)  # raises if config.json is not ours
     if (out_dir / ".lock").exists() and (file := lock(out_dir)):
         file.close()
@@ -46,18 +44,12 @@ def earlier_log_dir(out_dir: Path) -> Path | None:
         if not re.fullmatch(r"logs/[\w-]+", log_dir):
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadInput(
-            f"argument --out_dir: {str(config)!r} is not from a run of this script: name another folder"
-        ) from error
+        raise BadInput(f"argument --out_dir: {str(config)!r} is not from a run: name another folder") from error
     return out_dir / log_dir
 
 
 def lock(out_dir: Path):
-    """Keep other runs out of `out_dir` until the returned file is closed; None if the system has no such lock.
-
-    Raises:
-        BadInput: another run writes there.
-    """
+    """Keep other runs out of `out_dir` until the returned file is closed. Raises BadInput; None without such locks."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -109,12 +101,6 @@ def rows_before(path: Path, step: int) -> bytes:
             return False
 
     return b"".join(filter(is_earlier, path.read_bytes().splitlines(keepends=True) if path.exists() else []))
-
-
-def log_dir_of(out_dir: Path, resumed: bool) -> Path:
-    """Return a resumed run's log folder, or make a new one whose name is the time, to the second."""
-    found = earlier_log_dir(out_dir) if resumed else None
-    return found or new_log_dir(out_dir)
 
 
 def new_log_dir(out_dir: Path) -> Path:

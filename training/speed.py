@@ -1,5 +1,6 @@
 """What makes a batch fast without changing its mathematics: kept memory, compiled networks, CUDA graphs, bf16."""
 
+import copy
 import ctypes
 import logging
 import os
@@ -52,16 +53,8 @@ def choose_compile(asked: str, device: torch.device, world_size: int, batches: i
 def accelerate(train_batch, generator, discriminator, batch_size: int, compile: str, amp: str, in_memory: bool = True):
     """Return the fastest way that this device has to call `train_batch(generator, discriminator, indices)`.
 
-    Args:
-        train_batch: gathers a batch, draws its noise, and updates both networks.
-        generator, discriminator: as Ranks.wrap returns them.
-        batch_size: images of a full batch; only full batches use compiled networks.
-        compile: "on" or "off".
-        amp: "bf16" computes the networks in bfloat16 where that is safe; "off" in float32.
-        in_memory: the batches come from the device's memory, as a CUDA graph needs.
-
-    Returns:
-        A function of the indices. What it returns may be overwritten by its next call.
+    Only full batches use compiled networks. A CUDA graph needs batches from the device's memory. Returns a function of
+    the indices; what it returns may be overwritten by its next call.
     """
     networks = plain = fast = (generator, discriminator)
     if amp == "bf16":
@@ -125,8 +118,7 @@ def rehearse(networks, fast, batch_size: int) -> None:
     """Run a made-up batch forward and backward through `fast`, the compiled `networks`, which keep their state."""
     config, device = networks[0].config, next(networks[0].parameters()).device
     generator, discriminator = fast
-    buffers = [buffer for network in networks for buffer in network.buffers()]
-    before = [buffer.clone() for buffer in buffers]
+    before = [copy.deepcopy(network.state_dict()) for network in networks]
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             z = torch.randn(batch_size, config["latent_dim"], device=device)
@@ -136,9 +128,8 @@ def rehearse(networks, fast, batch_size: int) -> None:
                 validity, label = discriminator(batch)
                 (validity.sum() + label.sum()).backward()
     finally:
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
-        for network in networks:
+        for network, state in zip(networks, before, strict=True):
+            network.load_state_dict(state)
             network.zero_grad(set_to_none=True)
 
 
