@@ -87,11 +87,6 @@ def choose_device(name: str) -> tuple[torch.device, str]:
     return torch.device(found[0]), f"Device: {found[0]}, as PyTorch finds {why[found[0]]}."
 
 
-def as_data(opt) -> dict:
-    """Return the options of a command line as JSON can hold them."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(opt).items()}
-
-
 def nearest_folder(path: Path) -> Path:
     """Return `path`, or the nearest folder above it that exists."""
     path = path.absolute()

@@ -1,6 +1,5 @@
 """Checkpoints: all that a run needs to resume bit-exactly, written so that no fault loses it."""
 
-import contextlib
 import os
 import time
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils import BadInput, Diverged, announce, as_data, atomic_write, load_data, out_of_memory
+from utils import BadInput, Diverged, announce, atomic_write, load_data, out_of_memory
 
 NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 FORMAT, OLD_FORMATS = "acgan checkpoint 2", ("acgan checkpoint 1",)
@@ -29,10 +28,6 @@ class Checkpoints:
         self.out_dir, self.interval = opt.out_dir, opt.checkpoint_interval
         self.options, self.parts = as_data(opt), parts
         self.device, self.record = device, record
-        self.newest_is_good = False  # a corrupt one must not replace a good one
-        with contextlib.suppress(OSError, ValueError):
-            load_data(opt.out_dir / NEWEST)
-            self.newest_is_good = True
         self.last_time = time.monotonic()
 
     def save_if_due(self, step: int) -> None:
@@ -63,10 +58,9 @@ class Checkpoints:
         self.record.flush()
         new, newest = self.out_dir / "checkpoint.new.pt", self.out_dir / NEWEST
         atomic_write(new, lambda file: torch.save(packed, file))
-        if self.newest_is_good and newest.exists():
+        if newest.exists():
             os.replace(newest, self.out_dir / PREVIOUS)
         os.replace(new, newest)
-        self.newest_is_good = True
         sync_folder(self.out_dir)
 
     def finish(self, step: int, finished: bool) -> None:
@@ -79,6 +73,11 @@ class Checkpoints:
             raise
         self.record.finish(*networks)
         self.record.say_end(finished)
+
+
+def as_data(opt) -> dict:
+    """Return the options of a command line as JSON can hold them."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(opt).items()}
 
 
 def restore(checkpoint: dict, parts: dict, device: torch.device) -> int:
@@ -99,6 +98,8 @@ def restore(checkpoint: dict, parts: dict, device: torch.device) -> int:
         if out_of_memory(error):
             raise
         raise BadInput(f"argument --resume: the checkpoint's {name} does not fit its options") from error
+    if checkpoint["file"].name == PREVIOUS:  # the newest is corrupt, and must not replace a good one
+        checkpoint["file"].with_name(NEWEST).unlink(missing_ok=True)
     if not exact:
         announce("The checkpoint is from another device or number of threads: the run resumes, but not bit-exactly.")
     return checkpoint["step"]

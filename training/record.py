@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from models import save_network
 from training import run_folder
+from training.checkpoint import as_data
 from training.distributed import explain
-from utils import Diverged, announce, as_data, atomic_write, on_terminal, print_line
+from utils import Diverged, announce, atomic_write, on_terminal, print_line
 
 LOOK_INTERVAL = 0.3  # seconds between two readings of the figures for the bar
 FILM_FRAMES = 60  # at most
