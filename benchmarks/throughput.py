@@ -24,35 +24,45 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mnist import MNIST  # noqa: E402
-from runlog import RunLog  # noqa: E402
-
 import acgan  # noqa: E402 (needs the path above)
+from benchmarks.plain import plain_generator  # noqa: E402
+from data import builtin  # noqa: E402
 from models import Discriminator, Generator, weights_init_normal  # noqa: E402
 
-WARM_UP = 60  # batches before the first timed round: enough to time, compile and time again
+WARM_UP = 30  # batches before the first timed round
 DROPPED = 20  # batches at the start of a round: what the tutorial's workers had loaded ahead
+
+
+class PerImageMNIST(torch.utils.data.Dataset):
+    """The training digits, each resized and normalised when it is asked for, as the tutorial does."""
+
+    def __init__(self):
+        from torchvision import transforms
+
+        self.pixels, self.labels = (builtin.read_idx(builtin.BUNDLED / name, "") for name in builtin.IDX[:2])
+        steps = [transforms.Resize(32), transforms.ToTensor(), transforms.Normalize([0.5], [0.5])]
+        self.transform = transforms.Compose(steps)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int):
+        return self.transform(Image.fromarray(self.pixels[index])), int(self.labels[index])
 
 
 def tutorial_batches(device: torch.device, workers: int):
     """Train as the tutorial's script does; yields after each batch."""
-    from torch.utils.data import DataLoader
-    from torchvision import transforms
-
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     cuda = device.type == "cuda"
     FloatTensor = torch.cuda.FloatTensor if cuda else torch.FloatTensor
     LongTensor = torch.cuda.LongTensor if cuda else torch.LongTensor
-    mnist = MNIST(acgan.parse_args([]).data_root)
-    mnist.transform = transforms.Compose(
-        [transforms.Resize(32), transforms.ToTensor(), transforms.Normalize([0.5], [0.5])]
-    )
-    loader = DataLoader(mnist, batch_size=64, shuffle=True, num_workers=workers)
+    loader = torch.utils.data.DataLoader(PerImageMNIST(), batch_size=64, shuffle=True, num_workers=workers)
     adversarial_loss, auxiliary_loss = torch.nn.BCELoss(), torch.nn.CrossEntropyLoss()
-    generator = Generator(folded=False).apply(weights_init_normal).to(device)
+    generator = plain_generator(Generator().apply(weights_init_normal)).to(device)
     discriminator = Discriminator().apply(weights_init_normal).to(device)
     optimizer_G = torch.optim.Adam(generator.parameters(), lr=0.0002, betas=(0.5, 0.999))
     optimizer_D = torch.optim.Adam(discriminator.parameters(), lr=0.0002, betas=(0.5, 0.999))
@@ -116,19 +126,25 @@ class Rounds:
     dropping = False
 
 
-def run_side(side: str, device: torch.device, batches: int, workers: int, flags: list[str]) -> None:
+def run_side(side: str, device: torch.device, batches: int, workers: int, plain: bool, flags: list[str]) -> None:
     """The life of one side's process."""
     rounds = Rounds(device, batches)
     if side == "tutorial":
         for _ in tutorial_batches(device, workers):
             rounds.after_batch()
 
-    class TimedRunLog(RunLog):
+    class TimedRecord(acgan.RunRecord):
         def batch(self, *args) -> None:
             super().batch(*args)
             rounds.after_batch()
 
-    acgan.RunLog = TimedRunLog
+    def build_plain(opt, device):
+        generator, *others = build_networks(opt, device)
+        return plain_generator(generator), *others
+
+    acgan.RunRecord, build_networks = TimedRecord, acgan.build_networks
+    if plain:
+        acgan.build_networks = build_plain
     with tempfile.TemporaryDirectory() as out_dir:
         sys.exit(acgan.main(["--out_dir", out_dir, "--device", device.type, *flags]))
 
@@ -138,7 +154,7 @@ class Side:
 
     def __init__(self, name: str, opt):
         command = [sys.executable, __file__, "--side", name, "--device", opt.device, "--batches", str(opt.batches)]
-        command += ["--workers", str(opt.workers), *opt.flags]
+        command += ["--workers", str(opt.workers), *["--plain"] * opt.plain, *opt.flags]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.memory = self.read()["memory"]  # also the end of its warm-up
 
@@ -200,12 +216,13 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=60, help="timed batches a round (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=8, help="the tutorial's --n_cpu (default: %(default)s)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(default: %(default)s)")
+    parser.add_argument("--plain", action="store_true", help="ours with the tutorial's upsampling, not the folded one")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--side", choices=["tutorial", "ours"], help=argparse.SUPPRESS)
     opt, opt.flags = parser.parse_known_args()  # what is left goes to acgan.py: --compile off, for instance
     device = torch.device(opt.device)
     if opt.side:
-        return run_side(opt.side, device, opt.batches, opt.workers, opt.flags)
+        return run_side(opt.side, device, opt.batches, opt.workers, opt.plain, opt.flags)
 
     sides = {}
     times, rates = {"tutorial": [], "ours": []}, []
@@ -227,7 +244,7 @@ def main() -> None:
         "machine": torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores, {cpu_name()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "flags": opt.flags,
+        "flags": ["--plain"] * opt.plain + opt.flags,
         "batches_per_second": {name: spread(values) for name, values in per_second.items()},
         "ratio": spread(ratios),
         "peak_memory_MiB": {name: side.memory for name, side in sides.items()},

@@ -6,10 +6,10 @@ import pytest
 import small
 import torch
 from conftest import assert_same_run, read_rows
-from plain import plain_generator
 from torch import nn
 
 import acgan
+from benchmarks.plain import plain_generator
 from data.batches import Batches
 from drawing import draw_labels, draw_noise
 from models import Discriminator, Generator, UpsampleConv2d, load_network, weights_init_normal
