@@ -297,6 +297,8 @@ def start(argv: list[str] | None) -> int:
         announce(f"Data: {opt.dataset}, {opt.n_images:,} images of {opt.n_classes} classes.")
         if checkpoint:
             announce(f"Resuming after batch {checkpoint['step']:,} of {opt.total_steps:,}.")
+            if any(checkpoint["options"][name] != getattr(opt, name) for name in ("sample_interval", "compile")):
+                announce("Another --sample_interval or --compile: the run resumes, but not bit-exactly.")
         status = train(opt, ranks, batches, scorer, checkpoint)
     except (Diverged, LostRank) as error:
         report_error("acgan.py", f"{error}; {describe_last(opt.out_dir)}")

@@ -76,6 +76,12 @@ def test_end_of_the_run_can_be_moved_and_an_end_reached_is_said(copy, train):
     assert [row["step"] for row in read_rows(copy)] == [*range(16), 16, 18, 20]
 
 
+def test_another_interval_of_grids_is_allowed_and_said_to_change_the_draws(copy, train):
+    result = train("--resume", copy, "--max_steps", HALF + 1, "--sample_interval", 3)
+    assert result.status == 0 and "Another --sample_interval or --compile: the run resumes, but not bit-" in result.err
+    assert "bit-exactly" not in train("--resume", copy, "--max_steps", HALF + 2).err
+
+
 def fails(train, folder, *flags):
     """Run with `flags`, which must fail with one line and change no file; returns the line."""
     before = files(folder)

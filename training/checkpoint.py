@@ -12,7 +12,7 @@ from utils import BadInput, Diverged, announce, atomic_write, load_data, out_of_
 NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 FORMAT, OLD_FORMATS = "acgan checkpoint 2", ("acgan checkpoint 1",)
 KEYS = ("step", "finished", "options", "random", "parts")
-OPTIONS = {"seed", "world_size", "classes", "n_images", "labels_crc32"}  # those that acgan.py relies on
+OPTIONS = {"seed", "world_size", "classes", "n_images", "labels_crc32", "sample_interval", "compile"}
 PARTS = ("generator", "discriminator", "optimizer_G", "optimizer_D", "batches", "ema")
 
 
