@@ -1,16 +1,22 @@
 """Small real runs: what they print, what they write, and how they stop."""
 
+import contextlib
+import fcntl
 import json
 import math
 import os
+import pty
 import re
 import signal
+import struct
+import sys
+import termios
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import files, read_board, read_rows
+from conftest import ROOT, files, read_board, read_rows
 from PIL import Image
 from torchvision.utils import make_grid
 
@@ -42,6 +48,25 @@ def test_piped_run_prints_a_line_an_epoch_and_says_what_it_does(epochs_run):
         f"Done: acgan_gen.pth, acgan_dist.pth, acgan_gen_ema.pth and images/film.gif are in {out_dir}",
         f"To draw with them: python generate.py --weights {out_dir}",
     ]
+
+
+def test_bar_of_80_columns_shows_all_figures_and_time_left(tmp_path):
+    pid, terminal = pty.fork()
+    if pid == 0:
+        flags = ["--device", "cpu", "--seed", "0", *map(str, SMALL), "--max_steps", "7", "--out_dir", str(tmp_path)]
+        os.execve(
+            sys.executable, [sys.executable, str(ROOT / "tests" / "small.py"), *flags], os.environ | {"DIGITS": "60"}
+        )
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    output = b""
+    with contextlib.suppress(OSError):  # its end
+        while part := os.read(terminal, 4096):
+            output += part
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    lines = [line for line in re.split(r"[\r\n]+", output.decode()) if line.startswith("Epoch")]
+    assert max(len(line) for line in lines) <= 80
+    last = [line.rstrip() for line in lines if line.startswith("Epoch 3/200")][-1]
+    assert re.search(r"\| 1/1, left 0:00:00, D Loss \d\.\d{3}, G Loss \d\.\d{3}, Acc \d+\.\d%$", last), last
 
 
 def test_metrics_rows(epochs_run):

@@ -173,14 +173,12 @@ class RunRecord(SilentRecord):
         self.bar = tqdm(
             total=min(self.steps_per_epoch, self.opt.total_steps - first), initial=self.step - first, unit="batch",
             desc=f"Epoch {epoch + 1}/{self.opt.n_epochs}", mininterval=LOOK_INTERVAL, dynamic_ncols=True,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix}" + rate,
+            bar_format="{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}" + rate,
             disable=not on_terminal(),
         )  # fmt: skip
         self.epoch_start, self.epoch_first_step = time.monotonic(), self.step
         self.next_look = self.epoch_start
-        for indices in super().progress(epoch, batches):
-            yield indices
-            self.bar.update(1)
+        yield from super().progress(epoch, batches)
         self.bar.close()
 
     def batch(self, step: int, metrics: dict[str, torch.Tensor]) -> None:
@@ -188,6 +186,7 @@ class RunRecord(SilentRecord):
 
         Raises Diverged if a loss that is read is not finite.
         """
+        self.bar.update(1)
         logged = step % self.opt.log_interval == 0
         seen = not self.bar.disable and time.monotonic() >= self.next_look
         if not (logged or seen or metrics["d_loss"].device.type == "cpu"):
