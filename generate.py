@@ -4,7 +4,7 @@ python generate.py 2026                            # those digits, one row a var
 python generate.py --labels 0,1,3 -n 8             # eight of each
 python generate.py --interpolate 3 8               # from one class to another, with the same noise
 python generate.py -n 6000 --npz digits.npz        # a labelled data set of 60,000 images
-python generate.py 7 --weights runs/a              # with the EMA weights of a run
+python generate.py 7 --weights RUN                 # with the EMA weights of a run
 """
 
 import argparse

@@ -42,8 +42,7 @@ def train_judge(opt: argparse.Namespace) -> None:
     cli.check_output("--out", out, ".pth")
     data, test = load_train_and_test(opt.dataset, opt.data_root, opt.test_root, opt.img_size)
     announce(why)
-    n_classes = len(data.classes)
-    judge = train_classifier(data.images, data.labels, n_classes, opt.n_epochs, opt.seed, device, jitter=True)
+    judge = train_classifier(*data[:2], len(data.classes), opt.n_epochs, opt.seed, device, jitter=True)
     judge.classes = data.classes
     accuracy = (judge_images(judge, test.images)[1] == test.labels).double().mean()
     save_network(out, judge)

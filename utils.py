@@ -45,10 +45,8 @@ def on_terminal() -> bool:
 
 def announce(line: str) -> None:
     """Write one line for the user to stderr; of several ranks, only rank 0 does."""
-    if on_terminal() and not rank():
-        tqdm.write(line, file=sys.stderr)  # above the bar, not into it
-    elif not rank():
-        print_line(line, sys.stderr)
+    if not rank():
+        tqdm.write(line, file=sys.stderr) if on_terminal() else print_line(line, sys.stderr)  # above the bar
 
 
 def print_line(line: str, stream=None, must_succeed: bool = False) -> None:

@@ -119,17 +119,20 @@ class ImageFiles(Dataset):
             return BadInput(f"{path!r} is corrupt, or not a PNG or JPEG ({why}): replace or delete it")
 
 
+def collate(images: list) -> torch.Tensor | BadInput:
+    """Stack images in the worker, or return the first error among them."""
+    return next((image for image in images if isinstance(image, BadInput)), None) or torch.stack(images)
+
+
 def decoded(files: ImageFiles, workers: int):
     """Yield the images of `files` in order, CHUNK at a time. Raises BadInput for a corrupt file or a lost worker."""
-    loader = DataLoader(
-        files, CHUNK, num_workers=workers if len(files) >= MANY else 0, collate_fn=list, generator=torch.Generator()
-    )
+    workers = workers if len(files) >= MANY else 0
+    loader = DataLoader(files, CHUNK, num_workers=workers, collate_fn=collate, generator=torch.Generator())
     try:
         for chunk in tqdm(loader, "Reading", delay=1, disable=not on_terminal()):
-            for image in chunk:
-                if isinstance(image, BadInput):
-                    raise image
-            yield torch.stack(chunk)
+            if isinstance(chunk, BadInput):
+                raise chunk
+            yield chunk
     except (RuntimeError, EOFError) as error:
         raise BadInput("a worker that decodes images was lost, perhaps for want of memory: lower --n_cpu") from error
 

@@ -128,8 +128,8 @@ def table(card: dict) -> str:
         f"{'':34}{'good':>8}{'generated':>12}{'real':>10}",
     ]
     for key, name, good, form in ROWS:
-        values = card["scores"][key]
-        lines.append(f"{name:34}{good:>8}{form.format(values['generated']):>12}{form.format(values['real']):>10}")
+        ours, theirs = (form.format(card["scores"][key][who]) for who in ("generated", "real"))
+        lines.append(f"{name:34}{good:>8}{ours:>12}{theirs:>10}")
     lines += ["", f"{'class':12}" + "".join(f"{key.replace('_', '-'):>13}" for key, *_ in CLASS_ROWS)]
     for name, row in card["by_class"].items():
         pairs = [[short(row[key][who], form) for who in ("generated", "real")] for key, *_, form in CLASS_ROWS]

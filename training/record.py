@@ -213,6 +213,7 @@ class RunRecord(SilentRecord):
         if not self.bar.disable:
             self.bar.leave = took >= 1 or step + 1 == self.opt.total_steps  # short epochs share one line
             self.show(step, row)
+            self.bar.close()
             return
         print_line(
             f"epoch {epoch + 1:3d}/{self.opt.n_epochs}  batches {step + 1}  D loss {row['d_loss']:.4f}  "
@@ -265,12 +266,12 @@ class RunRecord(SilentRecord):
 
     def say_end(self, finished: bool) -> None:
         """Announce what the run leaves and what to type next."""
-        total = self.opt.total_steps
         if finished:
             announce(f"Done: {', '.join(run_folder.WEIGHTS)} and images/film.gif are in {self.out_dir.resolve()}")
             announce(f"To draw with them: python generate.py --weights {self.out_dir}")
         else:
-            announce(f"Stopped after batch {self.step + 1:,} of {total:,}; to continue: --resume {self.out_dir}")
+            done = f"{self.step + 1:,} of {self.opt.total_steps:,}"
+            announce(f"Stopped after batch {done}; to continue: --resume {self.out_dir}")
 
 
 class BothNetworks(torch.nn.Module):
