@@ -132,7 +132,7 @@ def train(opt: argparse.Namespace, ranks: Ranks, batches: Batches, scorer: Epoch
                  batches=batches, ema=ema)  # fmt: skip
     step = restore(checkpoint, parts, device) if checkpoint else 0
 
-    def train_batch(generator, discriminator, indices):
+    def train_batch(generator, discriminator, indices):  # wrapped or compiled, with the parameters of those above
         real_imgs, labels = batches.gather(indices)
         z = draw_noise(len(indices), opt.latent_dim, device)
         gen_labels = draw_labels(len(indices), opt.n_classes, device)
@@ -157,8 +157,8 @@ def train(opt: argparse.Namespace, ranks: Ranks, batches: Batches, scorer: Epoch
                     record.grid("fake_image", fake_image, step)
                     record.grid("fixed_z", draw_images(generator, fixed_z, fixed_labels), step)
                 record.batch(step, metrics)
-                step += 1
-                ended = ranks.any(stop.requested) or step == opt.total_steps
+                step += 1  # from here on the batches done, not the number of this one
+                ended = ranks.any(stop.requested) or step == opt.total_steps  # every rank must ask
                 if batches.position == len(batches) or ended:
                     record.end_epoch(step - 1, batches.gather(indices)[0], metrics)
                 scorer.if_due(step, record, ema, discriminator)
@@ -202,17 +202,18 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
     add("--data_root", type=Path, metavar="DIR", help="folder of your classes' folders, or of the files of a set "
         "other than mnist, which is bundled (default: data/downloads beside acgan.py)")
     add("--n_cpu", type=COUNT, default=8, metavar="N", help="workers, at most one a core, that decode a large folder")
-    add_device_flag(group := parser.add_argument_group("speed").add_mutually_exclusive_group())
+    group = parser.add_argument_group("speed")
+    add = group.add_argument
+    add_device_flag(group := group.add_mutually_exclusive_group())
     group.add_argument("--cuda", dest="device", action="store_const", const="cuda", default="auto",
-                       help="the same as --device cuda; in the tutorial's script it turns the GPU off")
-    add = parser.add_argument_group("speed").add_argument
+                       help="the same as --device cuda; in the tutorial's script it turns the GPU off (default: off)")
     add("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile the networks; auto does so on "
         "a CPU, on one rank, in runs long enough to win the time back")
     add("--amp", choices=["off", "bf16"], default="off", help="bf16: compute in bfloat16 where safe, rounding more")
     add = parser.add_argument_group("what a run writes").add_argument
     add("--out_dir", type=Path, metavar="DIR", help="folder for all that a run writes (default: the current folder)")
     add("--resume", nargs="?", const="", metavar="RUN", help="continue the run in folder RUN (default: --out_dir) with "
-        f"its options, of which only {', '.join(f'--{name}' for name in CONTINUED)} may differ")
+        f"its options; of those that it keeps, only {', '.join(f'--{name}' for name in CONTINUED)} may differ")
     add("--checkpoint_interval", type=COUNT, metavar="N",
         help=f"batches between checkpoints (default: one every {Checkpoints.SECONDS} seconds)")
     add("--sample_interval", type=COUNT, default=400, metavar="N", help="batches between sample grids")
@@ -242,7 +243,7 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
 
 
 def check_data(opt: argparse.Namespace, data: LabelledImages, batches: Batches, checkpoint: dict | None) -> None:
-    """Add to the options what follows from the data: classes, channels, a checksum, the run's number of batches.
+    """Set the options that depend on the data: classes, channels, a checksum, the run's number of batches.
 
     Raises BadInput if they differ from those asked for or those of the checkpoint, or if no batch is left to do.
     """
@@ -261,7 +262,7 @@ def check_data(opt: argparse.Namespace, data: LabelledImages, batches: Batches, 
 
 
 def start(argv: list[str] | None) -> int:
-    """Check everything first, then train. Returns the exit status; raises what cli.run_command explains."""
+    """Check everything first, then train. Returns the exit status; raises what cli.run_command reports."""
     opt = parse_args(argv)
     checkpoint = None
     if opt.resume is not None or (was_restarted() and (opt.out_dir / NEWEST).exists()):
@@ -273,10 +274,8 @@ def start(argv: list[str] | None) -> int:
     ranks = Ranks(device)
     opt.world_size, opt.threads = ranks.world_size, torch.get_num_threads()
     if checkpoint and checkpoint["options"]["world_size"] != opt.world_size:
-        ranks = checkpoint["options"]["world_size"]
-        raise BadInput(
-            f"argument --resume: the run has {ranks} ranks, not {opt.world_size}: start {ranks} with torchrun"
-        )
+        wanted = checkpoint["options"]["world_size"]
+        raise BadInput(f"argument --resume: the run has {wanted} ranks, not {opt.world_size}: start as many")
     if opt.compile == "on" and opt.world_size > 1:
         raise BadInput("argument --compile: on works on one rank only: drop it")
     check_out_dir(opt.out_dir)

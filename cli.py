@@ -95,8 +95,8 @@ def raise_stopped(number, frame):
 def run_command(prog: str, command, too_large: str = "ask for fewer images", stopped: str = "nothing was written"):
     """Call `command()` and return the script's exit status.
 
-    It is what `command` returned, or 0; 2, with a line, after bad input, a failed write or for want of memory, when
-    `too_large` says what to do; 128 + N after signal N, when `stopped` says what is left.
+    That is the command's own, or 0. It is 2 after bad input, a failed write or too little memory: then `too_large` says
+    what to do. It is 128 + N after signal N: then `stopped` says what is left.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell
@@ -125,9 +125,9 @@ def run_command(prog: str, command, too_large: str = "ask for fewer images", sto
 def check_output(flag: str, path: Path, suffix: str) -> None:
     """Raise BadInput unless a file can be written to `path`, whose name must end in `suffix`. Leave no trace."""
     if path.is_dir() or not path.name:
-        raise BadInput(f"argument {flag}: {str(path)!r} is a folder; name a file")
+        raise BadInput(f"argument {flag}: {str(path)!r} is a folder: name a file")
     if path.exists() and not path.is_file():
-        raise BadInput(f"argument {flag}: {str(path)!r} is a device or a pipe; name a file")
+        raise BadInput(f"argument {flag}: {str(path)!r} is a device or a pipe: name a file")
     if path.suffix.lower() != suffix:
-        raise BadInput(f"argument {flag}: {str(path)!r} does not end in {suffix}; name a file that does")
+        raise BadInput(f"argument {flag}: {str(path)!r} does not end in {suffix}: name a file that does")
     check_writable(flag, path.parent)

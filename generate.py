@@ -48,7 +48,7 @@ def find_classes(words: list[str], flag: str, classes: list[str]) -> list[int]:
     for word in words:
         if word not in known:
             names = ", ".join(classes[:20]) + (f", ... ({len(classes)} in all)" if len(classes) > 20 else "")
-            raise BadInput(f"argument {flag}: {word!r} is not a class; the classes are {names}")
+            raise BadInput(f"argument {flag}: {word!r} is not a class: choose from {names}")
     return [known[word] for word in words]
 
 

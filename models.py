@@ -31,7 +31,7 @@ class UpsampleConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, 3, stride=1, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Float (B, in_channels, h, w) to (B, out_channels, 2h, 2w)."""
+        """Map float (B, in_channels, h, w) to (B, out_channels, 2h, 2w)."""
         weight = self.weight.transpose(0, 1)  # (in, out, 3, 3), as conv_transpose2d wants it
         for axis in (2, 3):
             w0, w1, w2 = weight.unbind(axis)
@@ -100,7 +100,7 @@ class Discriminator(nn.Module):
         self.classes = [str(label) for label in range(n_classes)]  # the data set's names replace these
 
         def discriminator_block(in_filters, out_filters, bn=True):
-            """One halving of the image: (B, in, s, s) to (B, out, ceil(s/2), ceil(s/2))."""
+            """Halve the image: (B, in, s, s) to (B, out, ceil(s/2), ceil(s/2))."""
             block = [nn.Conv2d(in_filters, out_filters, 3, 2, 1), nn.LeakyReLU(0.2, inplace=True), nn.Dropout2d(0.25)]
             if bn:
                 block.append(nn.BatchNorm2d(out_filters, 0.8))  # 0.8 is eps here too

@@ -81,7 +81,7 @@ def choose_device(name: str) -> tuple[torch.device, str]:
         if name not in found:
             raise BadInput(f"argument --device: {name} is not available here; PyTorch finds: {', '.join(found)}")
         return torch.device(name), f"Device: {name}."
-    why = {"cuda": "a GPU", "mps": "this Mac's GPU", "cpu": f"no GPU; {torch.get_num_threads()} threads"}
+    why = {"cuda": "a GPU", "mps": "this Mac's GPU", "cpu": f"no GPU (threads: {torch.get_num_threads()})"}
     return torch.device(found[0]), f"Device: {found[0]}, as PyTorch finds {why[found[0]]}."
 
 
@@ -113,7 +113,7 @@ def load_data(path: Path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # the zip reader and the unpickler raise a dozen kinds for garbage
+    except Exception as error:  # the zip reader and the unpickler raise many kinds of error
         raise ValueError(f"{path} is corrupt, or does not hold plain data") from error
 
 

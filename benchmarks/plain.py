@@ -9,7 +9,7 @@ from models import Generator, UpsampleConv2d
 
 
 def plain_generator(generator: Generator) -> Generator:
-    """A copy of G, with the same parameters and names, that upsamples and then convolves as the tutorial does."""
+    """Copy G, with the same parameters and names, that upsamples and then convolves as the tutorial does."""
     plain = copy.deepcopy(generator)
     for number, layer in enumerate(plain.conv_blocks):
         if isinstance(layer, UpsampleConv2d):

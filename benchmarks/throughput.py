@@ -4,7 +4,7 @@
     python benchmarks/throughput.py --json
 
 Each side has a process of its own and trains all the time with its own settings; they take turns, round by round,
-so that both meet the same moods of the machine. `ours` is `acgan.train` itself, with the default flags of a
+so that both meet the same load. `ours` is `acgan.train` itself, with the default flags of a
 200-epoch run, its bar, logs and grids; it has compiled what it wants to compile before the first timed round.
 """
 

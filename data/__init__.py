@@ -31,9 +31,9 @@ class LabelledImages(NamedTuple):
 def check_data_root(name: str, data_root: Path | None) -> None:
     """Raise BadInput unless `--data_root` fits the data set: MNIST does not read it, a folder needs it."""
     if name == "mnist" and data_root is not None:
-        raise BadInput("argument --data_root: --dataset mnist does not read it; did you mean --dataset folder?")
+        raise BadInput("argument --data_root: --dataset mnist does not read it: did you mean --dataset folder?")
     if name == "folder" and data_root is None:
-        raise BadInput("argument --data_root: --dataset folder needs it; name the folder of your classes' folders")
+        raise BadInput("argument --data_root: --dataset folder needs it: name the folder of your classes' folders")
 
 
 def load_dataset(
@@ -62,7 +62,7 @@ def load_train_and_test(
             raise BadInput(f"argument --test_root: {name} has its own test images; it is for --dataset folder")
         return load_dataset(name, data_root, img_size), load_dataset(name, data_root, img_size, train=False)
     if test_root is None:
-        raise BadInput("argument --test_root: --dataset folder needs it; name a folder of images kept for testing")
+        raise BadInput("argument --test_root: --dataset folder needs it: name a folder of images kept for testing")
     train_set, test_set = (load_dataset(name, root, img_size, n_cpu=8) for root in (data_root, test_root))
     if train_set.classes != test_set.classes or train_set.images.shape[1] != test_set.images.shape[1]:
         raise BadInput(f"argument --test_root: {str(test_root)!r} has other classes or channels than --data_root")

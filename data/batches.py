@@ -42,7 +42,7 @@ class Batches:
             raise BadInput(f"{len(self.labels)} images are too few for {self.world_size} ranks: add images")
         if smallest == 1 and img_size == 16:  # D ends at a single pixel, and its batch norm needs two values
             raise BadInput(
-                f"argument --batch_size: {self.batch_size} leaves a batch of one image, too few at 16 pixels"
+                f"argument --batch_size: {self.batch_size} leaves one image alone in a batch: choose another"
             )
 
     def __iter__(self):

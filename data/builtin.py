@@ -79,7 +79,7 @@ def fetch(name: str, data_root: Path, train: bool):
         return None if files == IDX else source
     except PermissionError as error:
         raise BadInput(f"argument --data_root: cannot write to {str(folder)!r}: name another folder") from error
-    except Exception as error:  # torchvision raises a dozen kinds for a lost network and for corrupt files
+    except Exception as error:  # torchvision raises many kinds of error
         for part in missing:
             with contextlib.suppress(OSError):
                 part.rmdir()  # made by torchvision and left empty

@@ -29,7 +29,7 @@ def load_folder(root: Path, img_size: int, workers: int, scratch: Path):
     """Read ROOT/CLASS/**/*.png or .jpg, grey if all of them are, else colour, cropped to a centred square.
 
     `workers` processes decode MANY images or more; to a file in `scratch` if they exceed the memory budget. Returns the
-    fields of data.LabelledImages. Raises BadInput for what is no image, and if the disk does not suffice.
+    fields of data.LabelledImages. Raises BadInput for a bad image or too small a disk.
     """
     paths, labels, classes = find_images(root)
     grey = [is_grey(path) for path in paths]  # of all, as each header is checked
@@ -114,7 +114,7 @@ class ImageFiles(Dataset):
                 return self.fit(functional.center_crop(image, min(image.size)))
         except MemoryError:
             raise
-        except Exception as error:  # Pillow's readers raise a dozen kinds for garbage
+        except Exception as error:  # Pillow's readers raise many kinds of error
             why = (str(error).splitlines() or [type(error).__name__])[0]
             return BadInput(f"{path!r} is corrupt, or not a PNG or JPEG ({why}): replace or delete it")
 
@@ -134,7 +134,7 @@ def decoded(files: ImageFiles, workers: int):
                 raise chunk
             yield chunk
     except (RuntimeError, EOFError) as error:
-        raise BadInput("a worker that decodes images was lost, perhaps for want of memory: lower --n_cpu") from error
+        raise BadInput("a worker that decodes images was lost, perhaps for lack of memory: lower --n_cpu") from error
 
 
 @contextlib.contextmanager

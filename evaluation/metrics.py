@@ -1,4 +1,4 @@
-"""The metrics: they look at images, labels and the judge's features, and never at the GAN's own opinion.
+"""The metrics: they look at images, labels and the judge's features, and never at D's output.
 
 Agreement, FID and same-class MS-SSIM after Odena et al. (arXiv:1610.09585) and Heusel et al. (arXiv:1706.08500);
 density and coverage: Naeem et al. (arXiv:2002.09797); classification accuracy score (CAS): Ravuri and Vinyals
@@ -32,13 +32,13 @@ class Judged:
     recognised: torch.Tensor
 
     def of_class(self, label: int) -> "Judged":
-        """Return those of one class."""
+        """Return the images of one class."""
         at = self.labels == label
         return Judged(self.images[at], self.labels[at], self.features[at], self.recognised[at])
 
 
 def show_to(judge: Judge, images: torch.Tensor, labels: torch.Tensor) -> Judged:
-    """Let the judge look at images, uint8 (N, C, H, W), with labels, int64 (N,)."""
+    """Return what the judge sees in images, uint8 (N, C, H, W), with labels, int64 (N,)."""
     return Judged(images, labels, *judge_images(judge, images))
 
 

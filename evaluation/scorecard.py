@@ -67,7 +67,7 @@ def balanced(images, labels, per_class: int, n_classes: int, seed: int):
 
 
 def collapsed(generated: float, real: float) -> bool:
-    """Return True if a class's MS-SSIM is over a quarter of the way from that of real images to 1, that of one."""
+    """Return True if a class's MS-SSIM exceeds that of real images by a quarter of the distance to 1."""
     return generated > real + (1 - real) / 4
 
 
@@ -90,9 +90,9 @@ def score(images, labels, real: Judged, judge: Judge, counts: Counts, seed: int 
 
 
 def scorecard(images, labels, train_set, test_set, judge: Judge, counts: Counts, seed: int = 0, device="cpu") -> dict:
-    """Score images beside the real floor: as many training images, scored the same way against the test set.
+    """Score images beside real ones: as many training images, scored the same way against the test set.
 
-    The judge was trained on the training images. So the floor of the agreement is that of the test images. Returns
+    The judge was trained on the training images. So their agreement is replaced by that of the test images. Returns
     {"scores": {metric: {"generated": x, "real": y}}, "by_class": {name: the same}, "warnings": [...]}. Raises BadInput.
     """
     n_classes = judge.config["n_classes"]
@@ -201,7 +201,7 @@ class EpochScorer:
         return scores | {"intra_fid": metrics.intra_fid(self.real, drawn, self.n_classes)}
 
     def lowest_intra_fid(self, best_generator: Path) -> float:
-        """Return that of the best G kept so far; infinite if there is none, or another judge scored it."""
+        """Return the lowest intra-FID so far; infinite if no G is kept yet, or another judge scored it."""
         try:
             packed = load_data(best_generator)
             return packed["scores"]["intra_fid"] if packed["judge_sha256"] == self.judge_sha256 else math.inf

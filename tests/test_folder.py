@@ -73,7 +73,7 @@ def test_names_of_the_classes_reach_the_record_tensorboard_and_generate(straight
     assert result.status == 0 and result.err == f"Weights: {straight / 'acgan_gen_ema.pth'}\n"
     assert Image.open(tmp_path / "a.png").size == (2 * 18 + 2, 5 * 18 + 2)
     line = errors(call(generate.main, "--labels", "red", *flags))
-    assert "argument --labels: 'red' is not a class; the classes are blue cross, green box, red disc" in line
+    assert "argument --labels: 'red' is not a class: choose from blue cross, green box, red disc" in line
 
 
 def test_judge_for_them_can_be_trained_and_scores_with_it(shapes, straight, train, tmp_path):

@@ -94,7 +94,7 @@ def restore(checkpoint: dict, parts: dict, device: torch.device) -> int:
             raise ValueError("not that of its number of batches")
         name = "random state"
         exact = restore_random_state(checkpoint["random"], device)
-    except Exception as error:  # the file's checksums were right, so it was made so
+    except Exception as error:  # the checksums were right, so the file was written like this
         if out_of_memory(error):
             raise
         raise BadInput(f"argument --resume: the checkpoint's {name} does not fit its options") from error

@@ -270,8 +270,9 @@ class RunRecord(SilentRecord):
             announce(f"Done: {', '.join(run_folder.WEIGHTS)} and images/film.gif are in {self.out_dir.resolve()}")
             announce(f"To draw with them: python generate.py --weights {self.out_dir}")
         else:
-            done = f"{self.step + 1:,} of {self.opt.total_steps:,}"
-            announce(f"Stopped after batch {done}; to continue: --resume {self.out_dir}")
+            root = f" --data_root {self.opt.data_root}" if self.opt.data_root else ""
+            announce(f"Stopped after batch {self.step + 1:,} of {self.opt.total_steps:,}; to continue: "
+                     f"python acgan.py --resume {self.out_dir}{root}")  # fmt: skip
 
 
 class BothNetworks(torch.nn.Module):

@@ -92,7 +92,7 @@ def to_float32(layer, inputs):
 
 
 def compiled(networks, batch_size: int, amp: str):
-    """Compile both networks and rehearse, so that no real batch has to wait; None, and a line, if that fails.
+    """Compile both networks and run them once on made-up data. Return None, and say so, if that fails.
 
     The random stream stays that of an eager run: compiled dropout draws from it too, and compiling does not.
     """
