@@ -233,6 +233,8 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
         if wrong:
             parser.error(f"argument --resume: the checkpoint has {'; '.join(wrong)}: drop these flags to continue")
         kept = {name: saved.get(name) for name in MATHEMATICS + CONTINUED}
+        if None in [kept[name] for name in MATHEMATICS]:
+            parser.error("argument --resume: the checkpoint is corrupt, as it lacks options: name another run")
         argv = [f"--{name}={value}" for name, value in kept.items() if value is not None] + argv
     opt = parser.parse_args(argv)
     if opt.resume and opt.out_dir not in (None, Path(opt.resume)):

@@ -4,11 +4,10 @@ import argparse
 import difflib
 import math
 import os
-import signal
 import sys
 from pathlib import Path
 
-from utils import BadInput, Stopped, announce, check_writable, out_of_memory, print_line, rank, stop_signals
+from utils import BadInput, Stopped, announce, catch_signals, check_writable, out_of_memory, print_line, rank
 
 BUNDLED_GENERATOR = Path(__file__).resolve().parent / "weights" / "acgan_gen.pth"
 
@@ -54,13 +53,13 @@ def number(kind: type, wanted: str, accept):
 
 COUNT = number(int, "a whole number from 1 to 2147483647", lambda value: 1 <= value < 2**31)
 SEED = number(int, "a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)
-IMG_SIZE = number(int, "a multiple of 4 and at least 16, such as 28 or 32", lambda n: n >= 16 and n % 4 == 0)
+IMG_SIZE = number(int, "a multiple of 4 from 16 to 65532, such as 28 or 32", lambda n: 16 <= n < 2**16 and n % 4 == 0)
 
 
 def add_device_flag(group) -> None:
     """Add --device."""
-    group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
-                       help="where to compute; auto takes a GPU if there is one")  # fmt: skip
+    devices = ["auto", "cpu", "cuda", "mps"]
+    group.add_argument("--device", choices=devices, default="auto", help="where to compute; auto prefers a GPU")
 
 
 def add_data_flags(parser, names) -> None:
@@ -78,18 +77,12 @@ def add_weights_flag(parser) -> None:
         return Path(text) / "acgan_gen_ema.pth" if os.path.isdir(text) else Path(text)
 
     parser.add_argument("--weights", type=find, default=BUNDLED_GENERATOR, metavar="PATH",
-                        help="generator: a weight file of acgan.py, or a run's folder for its EMA weights "
-                        "(default: the bundled one)")  # fmt: skip
+                        help="a weight file, or a run's folder for its EMA weights (default: bundled)")  # fmt: skip
 
 
 def report_error(prog: str, line: str) -> None:
     """Write one line to stderr; a rank other than 0 names itself, as each can fail for a reason of its own."""
     print_line(f"{prog}: error: {f'rank {rank()}: ' if rank() else ''}{line}", sys.stderr)
-
-
-def raise_stopped(number, frame):
-    """Handle a signal outside StopRequest: end the command at once."""
-    raise Stopped(number)
 
 
 def run_command(prog: str, command, too_large: str = "ask for fewer images", stopped: str = "nothing was written"):
@@ -103,8 +96,7 @@ def run_command(prog: str, command, too_large: str = "ask for fewer images", sto
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif hasattr(getattr(sys, name), "reconfigure"):
             getattr(sys, name).reconfigure(errors="backslashreplace")  # names that this terminal cannot show
-    for stop_signal in stop_signals():
-        signal.signal(stop_signal, raise_stopped)
+    catch_signals()
     try:
         return command() or 0
     except BadInput as error:

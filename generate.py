@@ -57,18 +57,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser("generate.py", "Draw images of the classes you ask for, with a trained generator.")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("digits", nargs="?", help="the classes to draw, a character each, such as 2026 (default: all)")
-    what.add_argument("--labels", metavar="A,B,...",
-                      help="the classes to draw, by name or number, with commas between (default: all)")  # fmt: skip
-    what.add_argument("--interpolate", nargs=2, metavar=("A", "B"),
-                      help="go from class A to class B through the label embedding (default: off)")  # fmt: skip
+    what.add_argument("--labels", metavar="A,B,...", help="the classes to draw, by name or number (default: all)")
+    what.add_argument("--interpolate", nargs=2, metavar=("A", "B"), help="go from class A to class B (default: off)")
     add = parser.add_argument
     add("-n", type=COUNT, default=5, metavar="N", help="images of each class, that is, rows of the picture")
     add("--steps", type=COUNT, metavar="N", help="images a row of --interpolate, 2 or more (default: 10)")
     add("--seed", type=SEED, default=0, metavar="N", help="seed of the noise; another one draws other variants")
     add_weights_flag(parser)
     add("--out", type=Path, metavar="FILE", help="picture to write (default: generated.png)")
-    add("--npz", type=Path, metavar="FILE", help="write a data set instead of a picture: images, uint8 (N, C, H, W), "
-        "and labels, int64 (N,), the classes in turn (default: off)")  # fmt: skip
+    add("--npz", type=Path, metavar="FILE", help="write a data set instead: images and labels (default: off)")
     add_device_flag(parser)
     opt = parser.parse_args(argv)
     if opt.npz and opt.interpolate:

@@ -191,6 +191,8 @@ def load_network(path, device="cpu", kinds=(Generator, Discriminator)) -> nn.Mod
     names = {kind.__name__: kind for kind in kinds}
     try:
         packed = load_data(path)
+        if packed["config"]["n_classes"] > 10**6:
+            raise ValueError("a list of so many names does not fit into memory")
         with torch.random.fork_rng(devices=[]):  # the constructor draws weights, which are then replaced
             network = names[packed["network"]](**packed["config"])
         network.load_state_dict(packed["state_dict"])

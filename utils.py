@@ -96,9 +96,11 @@ def nearest_folder(path: Path) -> Path:
 def check_writable(flag: str, folder: Path) -> None:
     """Raise BadInput unless files can be written to `folder`, or it can be made. Leave no trace."""
     try:
+        str(folder).encode()  # raises for what is not text
         tempfile.TemporaryFile(dir=nearest_folder(folder)).close()
-    except OSError as error:
-        raise BadInput(f"argument {flag}: cannot write to {str(folder)!r} ({error.strerror}): name another") from error
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "not text"
+        raise BadInput(f"argument {flag}: cannot write to {str(folder)!r} ({why}): name another") from error
 
 
 def load_data(path: Path):
@@ -139,12 +141,16 @@ def atomic_write(path: Path, write) -> None:
         raise
 
 
-def stop_signals() -> list[int]:
-    """Return the numbers of Ctrl-C, TERM and, unless it is ignored as under nohup, the closed terminal."""
+def catch_signals(handler=None) -> dict:
+    """Let `handler`, or else one that raises Stopped, handle Ctrl-C, TERM and a closed terminal; return the old."""
+
+    def stop(number, frame):
+        raise Stopped(number)
+
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
         numbers.append(signal.SIGHUP)
-    return numbers
+    return {number: signal.signal(number, handler or stop) for number in numbers}
 
 
 class StopRequest:
@@ -156,11 +162,10 @@ class StopRequest:
     SAME_SIGNAL = 1.0  # seconds; torchrun passes a terminal's Ctrl-C on, so that it arrives twice
 
     def __init__(self) -> None:
-        self.requested = False
-        self.exit_status = 0
+        self.requested, self.exit_status = False, 0
 
     def __enter__(self):
-        self._previous = {number: signal.signal(number, self._on_signal) for number in stop_signals()}
+        self._previous = catch_signals(self._on_signal)
         return self
 
     def _on_signal(self, number, frame):

@@ -59,10 +59,12 @@ def find_images(root: Path) -> tuple[list[str], torch.Tensor, list[str]]:
     def fail(error: OSError):
         raise BadInput(f"cannot read {error.filename!r} ({error.strerror}): allow reading it or remove it") from error
 
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    try:
+        classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        fail(error)
     if len(classes) < 2:
-        raise BadInput(f"{str(root)!r} holds {len(classes)} folders of images, but two classes or more are needed: put "
-                       "each class's images into its own folder")  # fmt: skip
+        raise BadInput(f"{str(root)!r} holds {len(classes)} folders of images: make one for each class, two or more")
     paths, labels, seen = [], [], set()
     for label, name in enumerate(classes):
         if not name.isprintable():

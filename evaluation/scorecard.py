@@ -134,8 +134,7 @@ def table(card: dict) -> str:
     for name, row in card["by_class"].items():
         pairs = [[short(row[key][who], form) for who in ("generated", "real")] for key, *_, form in CLASS_ROWS]
         lines.append(f"{name[:12]:<12}" + "".join(f"{f'{ours} ({theirs})':>13}" for ours, theirs in pairs))
-    lines += ["", "In brackets: real images; agreement in %. CAS: a classifier trained on these",
-              "images alone, tested on real ones."]  # fmt: skip
+    lines += ["", "In brackets: real images. Agreement in %. CAS: trained on these, tested on real."]
     lines += [f"Warning: {warning}." for warning in card["warnings"]]
     return "\n".join(lines)
 

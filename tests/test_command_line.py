@@ -30,7 +30,8 @@ import acgan
         (["--b2", -0.1], "--b2"),
         (["--seed", -1], "--seed: '-1' is not a whole number from 0 to 4294967295"),
         (["--seed", 2**32], "--seed"),
-        (["--img_size", 30], "--img_size: '30' is not a multiple of 4 and at least 16"),
+        (["--img_size", 30], "--img_size: '30' is not a multiple of 4 from 16"),
+        (["--img_size", 10**30], "--img_size"),
         (["--img_size", 12], "--img_size"),
         (["--img_size", 16, "--batch_size", 59], "--batch_size: 59 leaves one image alone in a batch: choose another"),
         (["--n_classes", 11], "--n_classes: mnist has 10, not 11"),
@@ -57,7 +58,7 @@ def test_mistakes(flags, words, tmp_path, monkeypatch, train):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a_file").touch()
     (tmp_path / "in_the_way").mkdir()
-    (tmp_path / "in_the_way" / "images").touch()
+    (tmp_path / "in_the_way" / "images").symlink_to("nowhere")
     (tmp_path / "a_run_of_others").mkdir()
     (tmp_path / "a_run_of_others" / "config.json").write_text('{"theirs": true}')
     before = files(tmp_path)

@@ -138,6 +138,8 @@ def test_files_that_are_no_checkpoint_get_one_line_and_run_nothing(copy, train):
         assert "is corrupt, or is not a checkpoint" in fails(train, copy, "--resume", copy), kind
         assert "unfinished run" in fails(train, copy, *SMALL, "--out_dir", copy), kind  # a new run keeps it
     assert not marker.exists()
+    torch.save(torch.zeros(3), newest)
+    assert "is corrupt, or is not a checkpoint" in fails(train, copy, "--resume", copy)
     torch.save({"format": "acgan checkpoint 1", "steps": 3}, newest)
     assert "is from an older version of this script" in fails(train, copy, "--resume", copy)
 
@@ -159,6 +161,13 @@ CRAFTED = {
     "an option of another kind": lambda packed: packed["options"].update(lr="fast"),
     "an option out of its range": lambda packed: packed["options"].update(b1=7.0),
     "options that are none": lambda packed: packed.update(options=[1, 2]),
+    "an option that is a tensor": lambda packed: packed["options"].update(world_size=torch.tensor([1, 2])),
+    "no latent_dim": lambda packed: packed["options"].update(latent_dim=None),
+    "finished in two ways": lambda packed: packed.update(finished=torch.tensor([1, 2])),
+    "threads in two ways": lambda packed: packed["random"].update(threads=torch.tensor([1, 2])),
+    "moments that share their memory": lambda packed: moments(packed)[0].update(
+        exp_avg=torch.zeros(1, 1).expand(moments(packed)[0]["exp_avg"].shape)
+    ),
 }
 
 
@@ -169,7 +178,7 @@ def test_checkpoint_that_contradicts_itself_is_refused(harm, copy, train):
     torch.save(packed, copy / NEWEST)
     (copy / PREVIOUS).unlink()
     line = fails(train, copy, "--resume", copy, "--max_steps", STEPS)
-    assert re.search("does not fit its options|is corrupt, or is not a checkpoint|argument --(lr|b1): '", line)
+    assert re.search("does not fit its options|is corrupt, (or|as)|argument --(lr|b1): '", line)
 
 
 def test_previous_checkpoint_replaces_a_corrupt_newest(straight, copy, train):
@@ -182,6 +191,16 @@ def test_previous_checkpoint_replaces_a_corrupt_newest(straight, copy, train):
     assert read_checkpoint(copy)["step"] == STEPS
     (copy / NEWEST).unlink()
     assert read_checkpoint(copy)["step"] < STEPS  # the corrupt one did not take its place
+
+
+def test_rows_that_were_cut_or_are_no_rows_do_no_harm(copy, straight, train):
+    rows = (copy / "metrics.jsonl").read_bytes()
+    (copy / "metrics.jsonl").write_bytes(rows[:-1])  # its last newline is lost
+    assert train("--resume", copy, "--max_steps", HALF + 2).status == 0
+    with open(copy / "metrics.jsonl", "a") as file:
+        file.write("[" * 100_000 + "\n{}\n")
+    assert train("--resume", copy, "--max_steps", STEPS).status == 0
+    assert_same_run(copy, straight)
 
 
 def test_divergence_keeps_the_last_good_checkpoint(copy, train, monkeypatch):

@@ -146,8 +146,17 @@ def test_ema_changes_nothing_in_the_run(train, epochs_run, tmp_path):
 
 def test_second_run_into_the_folder_leaves_the_first_ones_record_whole(train, tmp_path):
     """And leaves other people's files alone."""
-    theirs = {name: tmp_path / name for name in (".video.part", "images/2024-holiday.png", "images/1.jpg", "notes.txt")}
+    names = (
+        ".video.part",
+        "images/2024-holiday.png",
+        "images/007.png",
+        "images/1.jpg",
+        "acgan_gen_best.pth/a",
+        ".lock",
+    )
+    theirs = {name: tmp_path / name for name in names}
     (tmp_path / "images").mkdir()
+    (tmp_path / "acgan_gen_best.pth").mkdir()
     for path in theirs.values():
         path.write_text("not ours")
     (tmp_path / ".acgan-123.part").write_text("ours, of a killed run")

@@ -1,5 +1,6 @@
 """Checkpoints: all that a run needs to resume bit-exactly, written so that no fault loses it."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -113,7 +114,8 @@ def check_moments(state: dict, optimizer: torch.optim.Optimizer) -> None:
     for number, parameter in enumerate(parameters):
         for name in ("exp_avg", "exp_avg_sq"):
             moment = state[number][name]
-            if moment.shape != parameter.shape or moment.dtype != parameter.dtype:
+            dense = moment.layout == torch.strided and moment.is_contiguous()
+            if moment.shape != parameter.shape or moment.dtype != parameter.dtype or not dense:
                 raise ValueError(f"{name} of another size or type")
         if not 0 <= float(state[number]["step"]) < 2**31:
             raise ValueError("no number of steps")
@@ -124,7 +126,7 @@ def read_checkpoint(folder: Path, quiet: bool = False) -> dict:
 
     Returns what Checkpoints.save wrote, and under "file" the path that was read. Raises BadInput.
     """
-    paths = [folder / name for name in (NEWEST, PREVIOUS) if (folder / name).exists()]
+    paths = [folder / name for name in (NEWEST, PREVIOUS) if (folder / name).is_file()]
     if not paths:
         raise BadInput(f"argument --resume: there is no {NEWEST} in {str(folder)!r}: name the folder of a run")
     for path in paths:
@@ -135,7 +137,7 @@ def read_checkpoint(folder: Path, quiet: bool = False) -> dict:
                 if path.name == PREVIOUS and not quiet:
                     announce(f"{folder / NEWEST} is corrupt or missing: resuming from {PREVIOUS} instead.")
                 return {key: packed[key] for key in KEYS} | {"file": path}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError):
             continue
         if old:
             raise BadInput(f"argument --resume: {str(path)!r} is from an older version of this script: resume it there")
@@ -144,9 +146,10 @@ def read_checkpoint(folder: Path, quiet: bool = False) -> dict:
 
 def is_complete(packed: dict) -> bool:
     """Return True if a file holds all parts of a checkpoint of today's format. Raises what is wrong otherwise."""
+    json.dumps(packed["options"])  # raises for tensors and the like
     has_counts = all(type(count) is int and count >= 0 for count in (packed["step"], packed["options"]["seed"]))
     has_all = packed["options"].keys() >= OPTIONS and packed["parts"].keys() >= set(PARTS)
-    return packed["format"] == FORMAT and has_counts and has_all
+    return packed["format"] == FORMAT and type(packed["finished"]) is bool and has_counts and has_all
 
 
 def describe_last(folder: Path) -> str:
@@ -168,8 +171,7 @@ def check_nothing_unfinished(out_dir: Path) -> None:
         checkpoint = {"finished": False, "step": "unknown"}
     if not checkpoint["finished"]:
         raise BadInput(f"argument --out_dir: {str(out_dir)!r} holds an unfinished run (batches done: "
-                       f"{checkpoint['step']}): add --resume to continue it, name another folder, or delete its "
-                       "checkpoints")  # fmt: skip
+                       f"{checkpoint['step']}): add --resume to continue, or name another folder")  # fmt: skip
 
 
 def random_state(device: torch.device) -> dict:
@@ -196,7 +198,7 @@ def restore_random_state(state: dict, device: torch.device) -> bool:
     if state["device"] != device.type:
         return False
     if device.type == "cpu":
-        return state["threads"] == torch.get_num_threads()
+        return int(state["threads"]) == torch.get_num_threads()
     getattr(torch, device.type).set_rng_state(state["on_device"])
     return True
 

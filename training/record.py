@@ -289,7 +289,8 @@ class BothNetworks(torch.nn.Module):
 def write_film(images: Path, last_step: int) -> None:
     """Write film.gif from the grids of fixed noise up to batch `last_step`, evenly thinned out. Raises OSError."""
     grids = [path for path in (images / "fixed_z").glob("*.png") if run_folder.OUR_GRID.fullmatch(path.name)]
-    grids = sorted((path for path in grids if int(path.stem) <= last_step), key=lambda path: int(path.stem))
+    grids = [path for path in grids if path.is_file() and int(path.stem) <= last_step]
+    grids.sort(key=lambda path: int(path.stem))
     at = np.unique(np.linspace(0, len(grids) - 1, min(FILM_FRAMES, len(grids))).round().astype(int))
     frames = []
     for path in (grids[n] for n in at):

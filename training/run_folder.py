@@ -9,28 +9,24 @@ from datetime import datetime
 from pathlib import Path
 
 from training.checkpoint import NEWEST, PREVIOUS
-from utils import PART_FILE, BadInput, announce, check_writable
+from utils import PART_FILE, BadInput, announce, check_writable, rank
 
 WEIGHTS = ("acgan_gen.pth", "acgan_dist.pth", "acgan_gen_ema.pth")
 BEST = ("acgan_gen_best.pth", "acgan_dist_best.pth")
 GRIDS = ("images", "images/fixed_z")
 OUR_PART = re.compile(re.escape(PART_FILE).replace(r"\{pid\}", "[0-9]+"))
-OUR_GRID = re.compile(r"[0-9]+\.png")
+OUR_GRID = re.compile(r"(0|[1-9][0-9]*)\.png")
 
 
 def check_out_dir(out_dir: Path) -> None:
     """Raise BadInput unless a run can have its files in `out_dir`. Leave no trace."""
-    try:
-        str(out_dir).encode()
-    except UnicodeEncodeError as error:
-        raise BadInput(f"argument --out_dir: {str(out_dir)!r} is not text: name another folder") from error
     check_writable("--out_dir", out_dir)
-    for name, is_wanted in [("images", Path.is_dir), ("logs", Path.is_dir), ("metrics.jsonl", Path.is_file)]:
-        if (out_dir / name).exists() and not is_wanted(out_dir / name):
-            what = "a folder" if is_wanted is Path.is_dir else "a file"
-            raise BadInput(f"argument --out_dir: {str(out_dir / name)!r} is not {what}: name another folder")
+    for name in ("images", "logs", "metrics.jsonl", "config.json", ".lock", NEWEST, PREVIOUS):
+        what, is_wanted = ("folder", Path.is_dir) if name in ("images", "logs") else ("file", Path.is_file)
+        if os.path.lexists(out_dir / name) and not is_wanted(out_dir / name):
+            raise BadInput(f"argument --out_dir: {str(out_dir / name)!r} is not a {what}: name another folder")
     earlier_log_dir(out_dir)  # raises if config.json is not ours
-    if (out_dir / ".lock").exists() and (file := lock(out_dir)):
+    if not rank() and (out_dir / ".lock").exists() and (file := lock(out_dir)):
         file.close()
 
 
@@ -40,8 +36,9 @@ def earlier_log_dir(out_dir: Path) -> Path | None:
     if not config.exists():
         return None
     try:
-        log_dir = json.loads(config.read_text())["log_dir"]
-        if not re.fullmatch(r"logs/[\w-]+", log_dir):
+        settings = json.loads(config.read_text())
+        log_dir = settings["log_dir"]
+        if not re.fullmatch(r"logs/[\w-]+", log_dir) or not settings.keys() >= {"options", "seed", "versions"}:
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(f"argument --out_dir: {str(config)!r} is not from a run: name another folder") from error
@@ -54,7 +51,7 @@ def lock(out_dir: Path):
         import fcntl
     except ImportError:  # Windows
         return None
-    file = open(out_dir / ".lock", "w")  # noqa: SIM115 (closed by the caller)
+    file = open(out_dir / ".lock", "a")  # noqa: SIM115 (closed by the caller)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -77,14 +74,16 @@ def set_aside_earlier_run(out_dir: Path) -> None:
     """Move an earlier run's files from `out_dir` to that run's folder below logs/, and say so."""
     # config.json last: it names the folder
     names = ["metrics.jsonl", "images/film.gif", *WEIGHTS, *BEST, NEWEST, PREVIOUS, "config.json"]
-    found = [name for name in names if (out_dir / name).exists()]
+    found = [name for name in names if (out_dir / name).is_file()]
     if not set(found) - {"images/film.gif"}:
         return
-    kept = earlier_log_dir(out_dir) or new_log_dir(out_dir)
+    kept = earlier_log_dir(out_dir)
+    if kept is None or any((kept / name).exists() for name in found):  # never overwrite
+        kept = new_log_dir(out_dir)
     for folder in GRIDS:
         (kept / folder).mkdir(parents=True, exist_ok=True)
         for path in (out_dir / folder).glob("*.png"):
-            if OUR_GRID.fullmatch(path.name):
+            if OUR_GRID.fullmatch(path.name) and path.is_file():
                 os.replace(path, kept / folder / path.name)
     for name in found:
         os.replace(out_dir / name, kept / name)
@@ -97,10 +96,11 @@ def rows_before(path: Path, step: int) -> bytes:
     def is_earlier(row):
         try:
             return json.loads(row)["step"] < step
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return False
 
-    return b"".join(filter(is_earlier, path.read_bytes().splitlines(keepends=True) if path.exists() else []))
+    rows = path.read_bytes().splitlines() if path.exists() else []
+    return b"".join(row + b"\n" for row in rows if is_earlier(row))
 
 
 def new_log_dir(out_dir: Path) -> Path:
