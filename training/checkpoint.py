@@ -131,7 +131,7 @@ def read_checkpoint(folder: Path, quiet: bool = False) -> dict:
         raise BadInput(f"argument --resume: there is no {NEWEST} in {str(folder)!r}: name the folder of a run")
     for path in paths:
         try:
-            packed = load_data(path)
+            packed = dict(load_data(path))
             old = packed["format"] in OLD_FORMATS
             if not old and is_complete(packed):
                 if path.name == PREVIOUS and not quiet:
