@@ -271,7 +271,7 @@ def start(argv: list[str] | None) -> int:
         checkpoint = read_checkpoint(opt.out_dir)
         opt = parse_args(argv, checkpoint["options"])
     check_data_root(opt.dataset, opt.data_root)
-    device, why = choose_device(opt.device)
+    device, _ = choose_device(opt.device)
     tune_process(device, checkpoint["options"].get("threads") if checkpoint else None)
     ranks = Ranks(device)
     opt.world_size, opt.threads = ranks.world_size, torch.get_num_threads()
@@ -294,7 +294,7 @@ def start(argv: list[str] | None) -> int:
         opt.compile = choose_compile(opt.compile, ranks.device, ranks.world_size, opt.total_steps)
         interval = opt.eval_interval * len(batches) if opt.eval_interval and not ranks.rank else None
         scorer = EpochScorer(interval, opt.judge, data, ranks.device)
-        announce(why)
+        announce(choose_device(opt.device)[1])  # with the threads that are set by now
         announce(f"Data: {opt.dataset}, {opt.n_images:,} images of {opt.n_classes} classes.")
         if checkpoint:
             announce(f"Resuming after batch {checkpoint['step']:,} of {opt.total_steps:,}.")

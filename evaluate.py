@@ -15,16 +15,17 @@ if __name__ == "__main__":
     import early_interrupt  # noqa: F401
 
 import torch
+from tqdm import tqdm
 
 from cli import SEED, OneLineParser, add_data_flags, add_device_flag, add_weights_flag, run_command
 from data import NAMES, load_train_and_test
 from drawing import draw_set
-from evaluation.judge import load_judge
+from evaluation.judge import Judge, load_judge
 from evaluation.metrics import check_torchmetrics
-from evaluation.scorecard import FULL, QUICK, check_judge, scorecard, table
+from evaluation.scorecard import FULL, QUICK, STAGES, check_judge, scorecard, table
 from models import Generator, load_network
 from training.speed import tune_process
-from utils import BadInput, announce, choose_device, print_line
+from utils import BadInput, announce, choose_device, on_terminal, print_line
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -51,19 +52,34 @@ def evaluate(opt: argparse.Namespace) -> None:
     announce(f"Weights: {opt.weights}")
     judge = load_judge(opt.judge, device)
     check_judge(judge, generator.classes, generator.config["img_size"], generator.config["channels"])
+    form = "{desc:28} |{bar}| {n_fmt}/{total_fmt} {elapsed}"
+    with tqdm(total=STAGES + 2, bar_format=form, leave=False, disable=not on_terminal()) as bar:
+
+        def stage(name: str) -> None:
+            bar.set_description_str(name, refresh=False)
+            bar.update()
+            bar.refresh()
+
+        card = score(opt, generator, judge, device, stage)
+    card["seconds"] = round(time.monotonic() - start, 1)
+    print_line(json.dumps(card, indent=2) if opt.json else table(card), must_succeed=True)
+    announce(f"This took {card['seconds']:.0f} s.")
+
+
+def score(opt: argparse.Namespace, generator: Generator, judge: Judge, device, stage) -> dict:
+    """Return the scorecard as plain data; `stage` is called with the name of each stage. Raises BadInput."""
+    stage("Reading the real images")
     train_set, test_set = load_train_and_test(opt.dataset, opt.data_root, opt.test_root, judge.config["img_size"])
     if train_set.classes != judge.classes or train_set.images.shape[1] != judge.config["channels"]:
         raise BadInput(f"argument --dataset: {opt.dataset} has other classes or channels than judge and generator")
     counts, n_classes = FULL if opt.full else QUICK, len(judge.classes)
     labels = torch.arange(n_classes).repeat(max(counts.scored, counts.cas))
+    stage(f"Drawing {len(labels):,} images")
     images = draw_set(generator, labels, opt.seed)
-    scores = scorecard(images, labels, train_set[:2], test_set[:2], judge, counts, opt.seed, device)
+    scores = scorecard(images, labels, train_set[:2], test_set[:2], judge, counts, opt.seed, device, stage)
     features = f"the judge's last {judge.head.in_features} features: this is no Inception FID."
-    card = dict(weights=str(opt.weights), images=counts.scored * n_classes, cas_images=counts.cas * n_classes,
-                test_images=len(test_set.labels), seed=opt.seed, feature_space=features,
-                seconds=round(time.monotonic() - start, 1), **scores)  # fmt: skip
-    print_line(json.dumps(card, indent=2) if opt.json else table(card), must_succeed=True)
-    announce(f"This took {card['seconds']:.0f} s.")
+    return dict(weights=str(opt.weights), images=counts.scored * n_classes, cas_images=counts.cas * n_classes,
+                test_images=len(test_set.labels), seed=opt.seed, feature_space=features, **scores)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """Digits by request, from a trained generator.
 
-python generate.py 2026                            # those digits, one row a variant, in generated.png
+python generate.py 2026                            # those digits, each row another variant, in generated.png
 python generate.py --labels 0,1,3 -n 8             # eight of each
 python generate.py --interpolate 3 8               # from one class to another, with the same noise
 python generate.py -n 6000 --npz digits.npz        # a labelled data set of 60,000 images
@@ -24,6 +24,8 @@ from models import Generator, load_network
 from utils import BadInput, announce, atomic_write, choose_device, print_line
 
 PNG_LIMIT = 10_000  # images in one picture
+SCALE, SIDE = 4, 1000  # without --scale a picture is enlarged up to SCALE times, and up to SIDE pixels
+PIXEL_LIMIT = 10**8  # of an enlarged picture
 
 
 @torch.no_grad()
@@ -35,8 +37,8 @@ def interpolate(generator: Generator, z: torch.Tensor, start: int, end: int, ste
     device = next(generator.parameters()).device
     first, last = generator.label_emb(torch.tensor([start, end], device=device))
     way = torch.lerp(first, last, torch.linspace(0, 1, steps, device=device)[:, None])  # (steps, latent_dim)
-    chunks = [part * noise.to(device) for noise in z for part in way.split(CHUNK)]
-    return torch.cat([generator.decode(chunk).cpu() for chunk in chunks])
+    pairs = [(part, noise.to(device).expand_as(part)) for noise in z for part in way.split(CHUNK)]
+    return torch.cat([generator.decode(*pair).cpu() for pair in pairs])
 
 
 def find_classes(words: list[str], flag: str, classes: list[str]) -> list[int]:
@@ -65,6 +67,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=SEED, default=0, metavar="N", help="seed of the noise; another one draws other variants")
     add_weights_flag(parser)
     add("--out", type=Path, metavar="FILE", help="picture to write (default: generated.png)")
+    add("--scale", type=COUNT, metavar="N", help="enlarge the picture N times, each pixel becoming N x N "
+        f"(default: up to {SCALE} times, while no side exceeds {SIDE:,} pixels)")  # fmt: skip
     add("--npz", type=Path, metavar="FILE", help="write a data set instead: images and labels (default: off)")
     add_device_flag(parser)
     opt = parser.parse_args(argv)
@@ -72,6 +76,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("argument --npz: not allowed with argument --interpolate, which has no labels")
     if opt.npz and opt.out:
         parser.error("argument --npz: not allowed with argument --out, as it replaces the picture")
+    if opt.npz and opt.scale:
+        parser.error("argument --npz: not allowed with argument --scale, which is for the picture")
     if opt.steps and not opt.interpolate:
         parser.error("argument --steps: only with argument --interpolate")
     if opt.steps == 1:
@@ -112,8 +118,14 @@ def generate(opt: argparse.Namespace) -> None:
         z = torch.randn(columns * opt.n, generator.config["latent_dim"], generator=noise)
         imgs = draw_images(generator, z, torch.tensor(labels).repeat(opt.n))
     grid = make_grid(imgs, nrow=columns, normalize=True, value_range=(-1, 1))
+    scale = opt.scale or max(1, min(SCALE, SIDE // max(grid.shape[1:])))
+    if opt.scale and grid[0].numel() * scale**2 > PIXEL_LIMIT:
+        raise BadInput(f"argument --scale: {scale} makes more than {PIXEL_LIMIT:,} pixels: lower it, or -n")
+    grid = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     atomic_write(opt.out, lambda file: save_image(grid, file, format="png"))
-    print_line(f"{opt.out}: {opt.n} rows of {columns} images", must_succeed=True)
+    names = [generator.classes[label] for label in labels]
+    shown = f"from {names[0]} to {names[1]}" if opt.interpolate else f"of the classes {', '.join(names)}"
+    print_line(f"{opt.out}: {opt.n} rows of {columns} images, {shown}", must_succeed=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -43,29 +43,36 @@ class Generator(nn.Module):
     """G(z | y): draws an image of class y from noise z (tutorial, "生成网络").
 
     `latent_dim` is the length of z and of the label embedding; `img_size` is the image side in pixels, a multiple of 4
-    and at least 16. Raises ValueError for a size that cannot work.
+    and at least 16. `conditioning` says how the two meet: "multiply" or "concat". Raises ValueError for a value that
+    cannot work. A weight file records all of them; one that lacks some was trained with those in TUTORIAL.
     """
 
-    def __init__(self, n_classes: int = 10, latent_dim: int = 100, img_size: int = 32, channels: int = 1):
+    TUTORIAL = dict(conditioning="multiply", bn_eps=0.8)
+
+    def __init__(self, n_classes: int = 10, latent_dim: int = 100, img_size: int = 32, channels: int = 1,
+                 conditioning: str = "multiply", bn_eps: float = 0.8):  # fmt: skip
         super().__init__()
         check_sizes(n_classes=n_classes, latent_dim=latent_dim, img_size=img_size, channels=channels)
-        self.config = dict(n_classes=n_classes, latent_dim=latent_dim, img_size=img_size, channels=channels)
+        check_choices(conditioning=(conditioning, ("multiply", "concat")))
+        self.config = dict(n_classes=n_classes, latent_dim=latent_dim, img_size=img_size, channels=channels,
+                           conditioning=conditioning, bn_eps=bn_eps)  # fmt: skip
         self.classes = [str(label) for label in range(n_classes)]  # the data set's names replace these
 
         self.label_emb = nn.Embedding(n_classes, latent_dim)
         self.init_size = img_size // 4  # side of the first feature map; two upsamplings follow
-        self.l1 = nn.Sequential(nn.Linear(latent_dim, 128 * self.init_size**2))
+        self.multiplies = conditioning == "multiply"
+        self.l1 = nn.Sequential(nn.Linear(latent_dim * (1 if self.multiplies else 2), 128 * self.init_size**2))
 
         # BatchNorm2d(n, 0.8) sets eps, where momentum was meant: a quirk of the tutorial, kept.
         self.conv_blocks = nn.Sequential(  #            (B, 128, s/4, s/4), s = img_size
             nn.BatchNorm2d(128),
             nn.Identity(),  # the tutorial's Upsample, part of the next layer; keeps the parameters' names
             UpsampleConv2d(128, 128),  #                (B, 128, s/2, s/2)
-            nn.BatchNorm2d(128, 0.8),
+            nn.BatchNorm2d(128, bn_eps),
             nn.LeakyReLU(0.2, inplace=True),
             nn.Identity(),  # likewise
             UpsampleConv2d(128, 64),  #                 (B, 64, s, s)
-            nn.BatchNorm2d(64, 0.8),
+            nn.BatchNorm2d(64, bn_eps),
             nn.LeakyReLU(0.2, inplace=True),
             nn.Conv2d(64, channels, 3, stride=1, padding=1),  # (B, channels, s, s)
             nn.Tanh(),
@@ -81,29 +88,43 @@ class Generator(nn.Module):
         Returns:
             Images, float32 (B, channels, img_size, img_size), in [-1, 1].
         """
-        return self.decode(torch.mul(self.label_emb(labels), noise))
+        return self.decode(self.label_emb(labels), noise)
 
-    def decode(self, gen_input: torch.Tensor) -> torch.Tensor:
-        """Draw images from embedded labels times noise, float32 (B, latent_dim); returns what forward does."""
+    def decode(self, embedding: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Draw images from embedded labels and noise, both float32 (B, latent_dim); returns what forward does."""
+        gen_input = torch.mul(embedding, noise) if self.multiplies else torch.cat([embedding, noise], 1)
         out = self.l1(gen_input)
         out = out.view(out.shape[0], 128, self.init_size, self.init_size)
         return self.conv_blocks(out)
 
 
 class Discriminator(nn.Module):
-    """D(x): is the image real, and which class does it show? (tutorial, "判别网络"). Sizes are those of Generator."""
+    """D(x): is the image real, and which class does it show? (tutorial, "判别网络").
 
-    def __init__(self, n_classes: int = 10, img_size: int = 32, channels: int = 1):
+    Sizes are those of Generator. `norm` is "batch" or "none", `dropout` the share of the channels in [0, 1). `outputs`
+    are "probabilities", or the "logits" that they are made of. Weight files record all, as those of Generator do.
+    """
+
+    TUTORIAL = dict(norm="batch", bn_eps=0.8, dropout=0.25, outputs="probabilities")
+
+    def __init__(self, n_classes: int = 10, img_size: int = 32, channels: int = 1, norm: str = "batch",
+                 bn_eps: float = 0.8, dropout: float = 0.25, outputs: str = "probabilities"):  # fmt: skip
         super().__init__()
         check_sizes(n_classes=n_classes, img_size=img_size, channels=channels)
-        self.config = dict(n_classes=n_classes, img_size=img_size, channels=channels)
+        check_choices(norm=(norm, ("batch", "none")), outputs=(outputs, ("probabilities", "logits")))
+        self.config = dict(n_classes=n_classes, img_size=img_size, channels=channels, norm=norm, bn_eps=bn_eps,
+                           dropout=dropout, outputs=outputs)  # fmt: skip
         self.classes = [str(label) for label in range(n_classes)]  # the data set's names replace these
 
         def discriminator_block(in_filters, out_filters, bn=True):
             """Halve the image: (B, in, s, s) to (B, out, ceil(s/2), ceil(s/2))."""
-            block = [nn.Conv2d(in_filters, out_filters, 3, 2, 1), nn.LeakyReLU(0.2, inplace=True), nn.Dropout2d(0.25)]
-            if bn:
-                block.append(nn.BatchNorm2d(out_filters, 0.8))  # 0.8 is eps here too
+            block = [
+                nn.Conv2d(in_filters, out_filters, 3, 2, 1),
+                nn.LeakyReLU(0.2, inplace=True),
+                nn.Dropout2d(dropout),
+            ]
+            if bn and norm == "batch":
+                block.append(nn.BatchNorm2d(out_filters, bn_eps))  # the tutorial's 0.8 is eps here too
             return block
 
         self.conv_blocks = nn.Sequential(  #             (B, channels, s, s), s = img_size
@@ -117,13 +138,16 @@ class Discriminator(nn.Module):
         ds_size = -(-img_size // 16)
         self.adv_layer = nn.Sequential(nn.Linear(128 * ds_size**2, 1), nn.Sigmoid())
         self.aux_layer = nn.Sequential(nn.Linear(128 * ds_size**2, n_classes), nn.Softmax(dim=1))
+        if outputs == "logits":
+            self.adv_layer[1] = self.aux_layer[1] = nn.Identity()
 
     def forward(self, img: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Judge images, float32 (B, channels, img_size, img_size), in [-1, 1].
 
         Returns:
             validity: P(real), float32 (B, 1), in [0, 1];
-            label: class probabilities, float32 (B, n_classes), each row sums to 1.
+            label: class probabilities, float32 (B, n_classes), each row sums to 1;
+            or both as logits, of any value.
         """
         out = self.conv_blocks(img).flatten(1)  # (B, 128 * ds_size**2)
         validity = self.adv_layer(out)
@@ -138,6 +162,13 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"img_size is {value}, but must be a multiple of 4 and at least 16, such as 28 or 32")
         if value < 1:
             raise ValueError(f"{name} is {value}, but must be at least 1")
+
+
+def check_choices(**choices: tuple[str, tuple]) -> None:
+    """Raise ValueError, naming the argument, unless each value is among its possible ones."""
+    for name, (value, possible) in choices.items():
+        if value not in possible:
+            raise ValueError(f"{name} is {value!r}, but must be one of {possible}")
 
 
 def weights_init_normal(module: nn.Module) -> None:
@@ -194,7 +225,8 @@ def load_network(path, device="cpu", kinds=(Generator, Discriminator)) -> nn.Mod
         if packed["config"]["n_classes"] > 10**6:
             raise ValueError("a list of so many names does not fit into memory")
         with torch.random.fork_rng(devices=[]):  # the constructor draws weights, which are then replaced
-            network = names[packed["network"]](**packed["config"])
+            kind = names[packed["network"]]
+            network = kind(**(getattr(kind, "TUTORIAL", {}) | packed["config"]))
         network.load_state_dict(packed["state_dict"])
         for name, tensor in network.state_dict().items():
             if not torch.isfinite(tensor).all() or (name.endswith("running_var") and tensor.min() < 0):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+MEMORY_SHARE = 0.25  # of the memory, or of a GPU's free memory, that the images of a data set may take
 PART_FILE = ".acgan-{pid}.part"  # the name of a file that is still being written
 
 
@@ -36,6 +37,11 @@ class Stopped(KeyboardInterrupt):
 def rank() -> int:
     """Return the rank of this process among those of torchrun; 0 without torchrun."""
     return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
+def local_ranks() -> int:
+    """Return the number of torchrun's ranks on this machine; 1 without torchrun."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 def on_terminal() -> bool:
@@ -109,6 +115,8 @@ def load_data(path: Path):
     Raises OSError if the file cannot be read, and ValueError if it is corrupt, or holds more than data.
     """
     try:
+        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+            raise ValueError("a pipe or a device, which may never end")
         with zipfile.ZipFile(path) as archive:  # torch.save writes zip files, but torch.load skips their checksums
             if archive.testzip() is not None:
                 raise ValueError("a checksum is wrong")

@@ -2,7 +2,7 @@
 
 import torch
 
-from utils import BadInput
+from utils import MEMORY_SHARE, BadInput, announce
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
@@ -10,17 +10,30 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
     return images.to(torch.float32).div(255).sub(0.5).div(0.5)
 
 
+def fits(images: torch.Tensor, device: torch.device) -> bool:
+    """Return True if the images may stay on `device`; say so if a GPU has too little free memory for that."""
+    if device.type != "cuda":
+        return True  # the memory of the host, whose budget the images keep already
+    budget = torch.cuda.mem_get_info(device)[0] * MEMORY_SHARE
+    if images.numel() > budget:  # they are bytes
+        size, limit = (f"{n / 2**30:.1f} GiB" for n in (images.numel(), budget))
+        announce(f"Images: {size} exceed the GPU's memory budget, {limit}; each batch is copied to it.")
+    return images.numel() <= budget
+
+
 class Batches:
     """Shuffled batches of `batch_size` images, drawn as the tutorial's `DataLoader(shuffle=True)` draws them.
 
     An epoch takes the same numbers from torch's CPU stream as that loader: first a base seed for its workers, unused
     here, then the sampler's seed, from which one permutation follows. The last, smaller batch is kept. Images in memory
-    are copied to `device` once. `ranks`, a training.distributed.Ranks, each take their share of a larger batch.
+    are copied to `device` once, if they fit there. `ranks`, a training.distributed.Ranks, each take their share of a
+    larger batch.
     """
 
     def __init__(self, data, batch_size: int, device="cpu", ranks=None):
-        self.in_memory, self.device = data.in_memory, device
-        store = device if data.in_memory else "cpu"
+        self.device = device
+        self.in_memory = data.in_memory and fits(data.images, torch.device(device))  # of the device
+        store = device if self.in_memory else "cpu"
         self.images, self.labels = data.images.to(store), data.labels.to(store)
         self.batch_size, self.ranks = batch_size, ranks
         self.rank, self.world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)

@@ -15,18 +15,18 @@ from torchvision import transforms
 from torchvision.transforms import functional
 from tqdm import tqdm
 
-from utils import BadInput, announce, on_terminal
+from utils import MEMORY_SHARE, BadInput, announce, local_ranks, on_terminal
 
-MEMORY_SHARE = 0.25  # of the memory that the decoded images may take
 MANY = 2000  # images from which on workers decode a folder
 CHUNK = 64  # images that a worker decodes at a time
-SUFFIXES = (".png", ".jpg", ".jpeg")
-FORMATS = ("PNG", "JPEG")  # whatever a file's name says: other readers of Pillow start programs
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # whatever a file's name says: other readers of Pillow start programs
+KINDS = "PNG, JPEG, WebP or BMP"
 GREY_MODES = {"1", "L", "LA", "I;16", "I"}
 
 
 def load_folder(root: Path, img_size: int, workers: int, scratch: Path):
-    """Read ROOT/CLASS/**/*.png or .jpg, grey if all of them are, else colour, cropped to a centred square.
+    """Read the images in ROOT/CLASS/ and below, grey if all of them are, else colour, cropped to a centred square.
 
     `workers` processes decode MANY images or more; to a file in `scratch` if they exceed the memory budget. Returns the
     fields of data.LabelledImages. Raises BadInput for a bad image or too small a disk.
@@ -35,7 +35,7 @@ def load_folder(root: Path, img_size: int, workers: int, scratch: Path):
     grey = [is_grey(path) for path in paths]  # of all, as each header is checked
     files = ImageFiles(paths, 1 if all(grey) else 3, img_size)
     n_bytes = int(np.prod(files.shape, dtype=np.int64))
-    if n_bytes <= memory() * MEMORY_SHARE:
+    if n_bytes <= memory() * MEMORY_SHARE / local_ranks():  # each rank of this machine decodes its own copy
         images = torch.empty(files.shape, dtype=torch.uint8)
         for number, chunk in enumerate(decoded(files, workers)):
             images[CHUNK * number : CHUNK * number + len(chunk)] = chunk
@@ -93,7 +93,7 @@ def is_grey(path: str) -> bool:
             return image.mode in GREY_MODES
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         empty = os.path.isfile(path) and os.path.getsize(path) == 0
-        what = "empty" if empty else "not a PNG or JPEG that can be read"
+        what = "empty" if empty else f"not a {KINDS} file that can be read"
         raise BadInput(f"{path!r} is {what}: replace or delete it") from error
 
 
@@ -116,9 +116,8 @@ class ImageFiles(Dataset):
                 return self.fit(functional.center_crop(image, min(image.size)))
         except MemoryError:
             raise
-        except Exception as error:  # Pillow's readers raise many kinds of error
-            why = (str(error).splitlines() or [type(error).__name__])[0]
-            return BadInput(f"{path!r} is corrupt, or not a PNG or JPEG ({why}): replace or delete it")
+        except Exception:  # Pillow's readers raise many kinds of error
+            return BadInput(f"{path!r} is corrupt, as a part of it cannot be decoded: replace or delete it")
 
 
 def collate(images: list) -> torch.Tensor | BadInput:

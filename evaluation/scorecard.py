@@ -71,17 +71,29 @@ def collapsed(generated: float, real: float) -> bool:
     return generated > real + (1 - real) / 4
 
 
-def score(images, labels, real: Judged, judge: Judge, counts: Counts, seed: int = 0, device="cpu"):
+STAGES = 8  # that scorecard() names as it gets to them
+
+
+def unseen(stage: str) -> None:
+    """Show no stage of the scoring to anybody."""
+
+
+def score(images, labels, real: Judged, judge: Judge, counts: Counts, seed: int = 0, device="cpu", stage=unseen):
     """Score images, uint8 (N, C, H, W), the classes in turn and as many as `counts` says, against the real test set.
 
-    `seed` is that of the pairs and of the CAS classifier. Returns the scores by their key in ROWS, and those by class.
+    `seed` is that of the pairs and of the CAS classifier. `stage` is called with the name of each stage as it begins.
+    Returns the scores by their key in ROWS, and those by class.
     """
     n_classes = judge.config["n_classes"]
     n_scored, n_cas = counts.scored * n_classes, counts.cas * n_classes
+    stage("judging")
     shown = show_to(judge, images[:n_scored], labels[:n_scored])
+    stage("class by class")
     by_class = metrics.scores_by_class(real, shown, counts.pairs, seed, n_classes)
+    stage("coverage")
     density, coverage = metrics.density_and_coverage(real.features, shown.features)
     mean = {key: sum(row[key] for row in by_class) / n_classes for key in ("fid", "ms_ssim")}
+    stage("CAS")
     cas_set = images[:n_cas], labels[:n_cas], real.images, real.labels
     cas = metrics.classification_accuracy_score(*cas_set, counts.cas_epochs, seed, device)
     scores = dict(agreement=agreement(shown), fid=fid(real.features, shown.features), intra_fid=mean["fid"],
@@ -89,18 +101,24 @@ def score(images, labels, real: Judged, judge: Judge, counts: Counts, seed: int 
     return scores, by_class
 
 
-def scorecard(images, labels, train_set, test_set, judge: Judge, counts: Counts, seed: int = 0, device="cpu") -> dict:
+def scorecard(images, labels, train_set, test_set, judge: Judge, counts: Counts, seed: int = 0, device="cpu",
+              stage=unseen) -> dict:  # fmt: skip
     """Score images beside real ones: as many training images, scored the same way against the test set.
 
-    The judge was trained on the training images. So their agreement is replaced by that of the test images. Returns
+    The judge was trained on the training images. So their agreement is replaced by that of the test images. `stage` is
+    called with the name of each of the STAGES as it begins. Returns
     {"scores": {metric: {"generated": x, "real": y}}, "by_class": {name: the same}, "warnings": [...]}. Raises BadInput.
     """
     n_classes = judge.config["n_classes"]
     balanced(*test_set, 2, n_classes, seed)  # raises for a class without images
     real = show_to(judge, *test_set)
     floor_set = balanced(*train_set, max(counts.scored, counts.cas), n_classes, seed)
-    generated, generated_rows = score(images, labels, real, judge, counts, seed, device)
-    floor, floor_rows = score(*floor_set, real, judge, counts, seed, device)
+
+    def scored(whose: str, images, labels):
+        return score(images, labels, real, judge, counts, seed, device, lambda name: stage(f"{whose} images: {name}"))
+
+    generated, generated_rows = scored("Generated", images, labels)
+    floor, floor_rows = scored("Real", *floor_set)
     floor["agreement"] = agreement(real)
     for label, row in enumerate(floor_rows):
         row["agreement"] = agreement(real.of_class(label))
@@ -190,7 +208,7 @@ class EpochScorer:
         if best:
             record.best(ema, discriminator, scores={"step": step - 1} | scores, judge_sha256=self.judge_sha256)
         text = f"agreement {scores['agreement']:.2%}, FID {scores['fid']:.3f}, intra-FID {scores['intra_fid']:.3f}"
-        announce(f"After batch {step - 1}: {text}{', the best so far' if best else ''}.")
+        announce(f"After batch {step}: {text}{', the best so far' if best else ''}.")
 
     def score(self, generator: Generator) -> dict[str, float]:
         """Return label agreement, FID and intra-FID of images from the same noise every time."""

@@ -1,11 +1,16 @@
 """Fixtures: the real script on a few real digits, in this process or in one of its own."""
 
 import contextlib
+import fcntl
 import io
 import json
 import os
+import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,6 +71,21 @@ def start():
     yield start
     for process in started:  # those that a failed test left behind
         process.kill()
+
+
+def on_terminal(*command, **variables) -> SimpleNamespace:
+    """Run a command in a pseudo-terminal of 80x24 to its end; has .status and .lines, with every state of a bar."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        words = [sys.executable, *map(str, command)]
+        os.execve(words[0], words, os.environ | variables)
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    output = b""
+    with contextlib.suppress(OSError):  # its end
+        while part := os.read(terminal, 4096):
+            output += part
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return SimpleNamespace(status=status, lines=re.split(r"[\r\n]+", output.decode()))
 
 
 def errors(result) -> str:

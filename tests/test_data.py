@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from data import builtin, load_dataset
+from data import batches, builtin, load_dataset
 from data.batches import Batches, normalize
 from models import load_network
 from utils import BadInput
@@ -78,6 +78,17 @@ def bundled(tmp_path, monkeypatch):
     """A copy of the bundled folder to damage, instead of the real one."""
     monkeypatch.setattr(builtin, "BUNDLED", shutil.copytree(builtin.BUNDLED, tmp_path / "a folder"))
     return builtin.BUNDLED
+
+
+def test_images_beyond_the_gpus_free_memory_stay_with_the_host(monkeypatch, capsys):
+    """On the budget alone: no GPU is needed, as nothing is copied to it."""
+    images = torch.empty(2**20, 1, 32, 32, dtype=torch.uint8)  # 1 GiB that is never touched
+    for free, fit in [(5 * 2**30, True), (3 * 2**30, False)]:
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda device, free=free: (free, 80 * 2**30))
+        assert batches.fits(images, torch.device("cuda", 1)) is fit
+    assert capsys.readouterr().err == (
+        "Images: 1.0 GiB exceed the GPU's memory budget, 0.8 GiB; each batch is copied to it.\n"
+    )
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "empty", "missing", "not IDX", "other shape"])

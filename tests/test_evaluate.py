@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import call, errors, read_board, read_rows
+from conftest import ROOT, call, on_terminal, read_board, read_rows
 
 import evaluate
 from cli import BUNDLED_GENERATOR
@@ -16,7 +16,7 @@ from evaluation import scorecard as scorecard_module
 from evaluation.judge import judge_images, load_judge
 from evaluation.metrics import density_and_coverage, fid, same_class_ms_ssim, show_to
 from evaluation.scorecard import Counts, balanced, collapsed, score, scorecard
-from models import Discriminator, Generator, load_network, save_network, weights_init_normal
+from models import Generator, load_network, save_network, weights_init_normal
 
 FEW = Counts(scored=100, cas=120, cas_epochs=4, pairs=20)
 
@@ -155,28 +155,14 @@ def test_table_fits_80_columns_and_is_the_json(judge, train_set, test_set, monke
     assert card["images"] == 200 and card["test_images"] == 1500
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--weights", "missing.pth"], "cannot read 'missing.pth' (No such file or directory)"),
-        (["--weights", "text.pth"], "'text.pth' is corrupt, or is not a Generator of this project"),
-        (
-            ["--weights", "wide.pth"],
-            "--judge: it knows 10 classes (0, 1, 2, ...) in grey, 32 pixels, but the generator",
-        ),
-        (["--judge", "text.pth"], "'text.pth' is corrupt, or is not a Judge of this project"),
-        (["--weights", "dist.pth"], "'dist.pth' is corrupt, or is not a Generator of this project"),
-        (["--test_root", "."], "argument --test_root: mnist has its own test images"),
-        (["--data_root", "."], "argument --data_root: --dataset mnist does not read it"),
-        (["--fulll"], "did you mean --full?"),
-    ],
-)
-def test_mistakes(flags, words, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.pth").write_text("no weights")
-    save_network(tmp_path / "wide.pth", Generator(img_size=64))
-    save_network(tmp_path / "dist.pth", Discriminator())
-    assert words in errors(call(evaluate.main, *flags, "--device", "cpu"))
+def test_terminal_shows_the_stages_in_80_columns(tmp_path):
+    few = "import evaluate; evaluate.QUICK = evaluate.QUICK.__class__(20, 20, 1, 5)"
+    shown = on_terminal("-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {few}; sys.exit(evaluate.main())")
+    assert shown.status == 0, shown.lines
+    bars = [line for line in shown.lines if "|" in line and "/10" in line]
+    stages = ["Reading the real images", "Drawing 200 images", "Generated images: coverage", "Real images: CAS"]
+    assert all(any(line.startswith(stage) for line in bars) for stage in stages), bars
+    assert max(len(line) for line in bars) <= 80 and "10/10" in bars[-1]
 
 
 def test_scores_during_training_change_nothing_in_it_and_keep_the_best(train, tmp_path):

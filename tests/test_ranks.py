@@ -119,7 +119,7 @@ def test_divergence_on_the_second_rank_is_no_traceback(start_two, tmp_path):
     process = start_two(tmp_path, SPOIL_AT="1 2")
     _, err = process.communicate()
     assert process.returncode != 0
-    assert "acgan.py: error: rank 1: the loss is no longer finite at batch 2; there is no checkpoint yet" in err
+    assert "acgan.py: error: rank 1: the loss is no longer finite at step 2; there is no checkpoint yet" in err
     assert 'acgan.py", line' not in err and not (tmp_path / "acgan_gen.pth").exists()
 
 

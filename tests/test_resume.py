@@ -1,14 +1,17 @@
 """A stopped run resumes bit-exactly, and no fault loses what was reached."""
 
+import os
 import pickle
 import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import assert_same_run, errors, files, read_board, read_rows
+from conftest import ROOT, assert_same_run, errors, files, read_board, read_rows
 
 import acgan
 from training.checkpoint import NEWEST, PREVIOUS, read_checkpoint
@@ -109,6 +112,25 @@ def test_moved_run_resumes_with_its_judge_and_current_folder(copy, straight, tra
     assert_same_run(moved, straight)
 
 
+def test_run_resumes_from_a_checkout_that_was_moved(start, tmp_path):
+    """With the default judge, whose place is the checkout's."""
+    parts = ["acgan.py", "cli.py", "drawing.py", "early_interrupt.py", "models.py", "utils.py", "data", "evaluation",
+             "training", "tests", "weights"]  # fmt: skip
+    for part in parts:
+        copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+        (tmp_path / "here").mkdir(exist_ok=True)
+        copy(ROOT / part, tmp_path / "here" / part)
+    flags = ["--seed", 4, "--batch_size", 60, "--eval_interval", 1, "--device", "cpu"]
+    for place, more in [("here", ["--n_epochs", 1]), ("there", ["--n_epochs", 2, "--resume"])]:
+        script = [sys.executable, "tests/small.py", *(flags if place == "here" else flags[-4:]), *more]
+        env = os.environ | {"DIGITS": "60"}
+        result = subprocess.run([str(w) for w in script], cwd=tmp_path / place, env=env, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        (tmp_path / "here").rename(tmp_path / "there") if place == "here" else None
+    assert "Resuming after batch 1 of 2." in result.stderr and "After batch 2: agreement" in result.stderr
+    assert [row["step"] for row in read_rows(tmp_path / "there") if "intra_fid" in row] == [0, 1]
+
+
 class RunsCode:
     def __init__(self, marker):
         self.marker = marker
@@ -154,6 +176,7 @@ CRAFTED = {
     "no moments": lambda packed: moments(packed).clear(),
     "a step that is no number": lambda packed: moments(packed)[1].update(step=torch.tensor(float("nan"))),
     "position beyond NumPy's numbers": lambda packed: packed["random"]["numpy"]["rest"].__setitem__(1, 2**31 - 1),
+    "NumPy's numbers all zero": lambda packed: packed["random"]["numpy"]["keys"].zero_(),
     "position beyond the epoch": lambda packed: packed["parts"]["batches"].update(position=7),
     "another position": lambda packed: packed["parts"]["batches"].update(position=2),
     "negative steps": lambda packed: packed.update(step=-3),
@@ -213,8 +236,8 @@ def test_divergence_keeps_the_last_good_checkpoint(copy, train, monkeypatch):
 
     monkeypatch.setattr(acgan, "train_step", diverging)
     result = train("--resume", copy, "--max_steps", STEPS)
-    last = f"the last good checkpoint is {copy / NEWEST}, after batch 15"
-    assert result.status == 1 and f"the loss is no longer finite at batch 20; {last}\n" in result.err
+    last = f"the last good checkpoint is {copy / NEWEST}, after batch 16"
+    assert result.status == 1 and f"the loss is no longer finite at step 20; {last}\n" in result.err
     assert (copy / NEWEST).read_bytes() == good and read_rows(copy)[-1]["step"] == 19
 
 
@@ -228,7 +251,7 @@ def test_networks_that_are_not_finite_are_not_saved(copy, train, monkeypatch):
 
     monkeypatch.setattr(acgan, "train_step", spoiling)
     result = train("--resume", copy, "--max_steps", 17)
-    assert result.status == 1 and "the networks are no longer finite after batch 16; the last good" in result.err
+    assert result.status == 1 and "the networks are no longer finite after batch 17; the last good" in result.err
     assert read_checkpoint(copy)["step"] == 16 and (copy / "acgan_gen.pth").read_bytes() == weights
 
 
@@ -243,7 +266,7 @@ def test_disk_that_cannot_take_a_checkpoint_keeps_the_earlier_one(copy, start, t
     _, err = process.communicate()
     assert process.returncode == 2 and "Traceback" not in err
     lines = [line.rpartition(":")[0] for line in err.splitlines() if line.startswith("Warning")]
-    assert lines == [f"Warning: no checkpoint after batch {n} (File too large)" for n in (19, 23)]
+    assert lines == [f"Warning: no checkpoint after batch {n} (File too large)" for n in (20, 24)]
     assert "acgan.py: error: cannot write" in err.splitlines()[-1]
     assert (copy / NEWEST).read_bytes() == before and not list(copy.rglob("*.part"))
     assert len(read_rows(copy)) == 25  # training reached its end, and its small files were written

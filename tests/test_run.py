@@ -1,22 +1,16 @@
 """Small real runs: what they print, what they write, and how they stop."""
 
-import contextlib
-import fcntl
 import json
 import math
 import os
-import pty
 import re
 import signal
-import struct
-import sys
-import termios
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, files, read_board, read_rows
+from conftest import ROOT, files, on_terminal, read_board, read_rows
 from PIL import Image
 from torchvision.utils import make_grid
 
@@ -51,19 +45,10 @@ def test_piped_run_prints_a_line_an_epoch_and_says_what_it_does(epochs_run):
 
 
 def test_bar_of_80_columns_shows_all_figures_and_time_left(tmp_path):
-    pid, terminal = pty.fork()
-    if pid == 0:
-        flags = ["--device", "cpu", "--seed", "0", *map(str, SMALL), "--max_steps", "7", "--out_dir", str(tmp_path)]
-        os.execve(
-            sys.executable, [sys.executable, str(ROOT / "tests" / "small.py"), *flags], os.environ | {"DIGITS": "60"}
-        )
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    output = b""
-    with contextlib.suppress(OSError):  # its end
-        while part := os.read(terminal, 4096):
-            output += part
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    lines = [line for line in re.split(r"[\r\n]+", output.decode()) if line.startswith("Epoch")]
+    flags = ["--device", "cpu", "--seed", 0, *SMALL, "--max_steps", 7, "--out_dir", tmp_path]
+    shown = on_terminal(ROOT / "tests" / "small.py", *flags, DIGITS="60")
+    assert shown.status == 0
+    lines = [line for line in shown.lines if line.startswith("Epoch")]
     assert max(len(line) for line in lines) <= 80
     last = [line.rstrip() for line in lines if line.startswith("Epoch 3/200")][-1]
     assert re.search(r"\| 1/1, left 0:00:00, D Loss \d\.\d{3}, G Loss \d\.\d{3}, Acc \d+\.\d%$", last), last
@@ -118,7 +103,8 @@ def test_config_repeats_the_run(epochs_run):
 def test_weights_load_as_data_and_draw_what_the_last_grid_shows(epochs_run):
     out_dir, _ = epochs_run
     packed = torch.load(out_dir / "acgan_gen.pth", weights_only=True)
-    assert packed["config"] == {"n_classes": 10, "latent_dim": 100, "img_size": 16, "channels": 1}
+    sizes = {"n_classes": 10, "latent_dim": 100, "img_size": 16, "channels": 1}
+    assert packed["config"] == sizes | {"conditioning": "multiply", "bn_eps": 0.8}
     np.random.seed(5)  # replay the run's NumPy stream up to the grid at step 6, drawn by the final weights
     for step in range(7):
         batch = (24, 24, 12)[step % 3]
@@ -181,6 +167,17 @@ def test_second_run_into_the_folder_leaves_the_first_ones_record_whole(train, tm
     assert read_rows(tmp_path) == second_rows != first_rows
 
 
+def test_grids_of_others_under_our_names_are_moved_not_overwritten(train, tmp_path):
+    theirs = {name: tmp_path / "images" / name for name in ("0.png", "fixed_z/0.png", "film.gif")}
+    (tmp_path / "images" / "fixed_z").mkdir(parents=True)
+    for name, path in theirs.items():
+        path.write_text(name)
+    result = train("--seed", 1, *SMALL, "--max_steps", 1, "--out_dir", tmp_path)
+    assert result.status == 0 and "moved to" in result.err
+    (kept,) = (tmp_path / "logs").glob("*/images")
+    assert all((kept / name).read_text() == name and theirs[name].read_bytes() != name.encode() for name in theirs)
+
+
 def test_run_without_its_config_is_moved_aside_too(train, tmp_path):
     flags = ["--seed", 1, *SMALL, "--max_steps", 1, "--out_dir", tmp_path]
     assert train(*flags).status == 0
@@ -222,7 +219,7 @@ def test_divergence_is_named_and_keeps_no_weights(train, tmp_path):
     result = train("--seed", 0, *SMALL, "--lr", 1e30, "--max_steps", 3, "--out_dir", tmp_path)
     assert result.status == 1
     assert result.err.splitlines()[2:] == [
-        "acgan.py: error: the loss is no longer finite at batch 0; there is no checkpoint yet"
+        "acgan.py: error: the loss is no longer finite at step 0; there is no checkpoint yet"
     ]
     assert not (tmp_path / "acgan_gen.pth").exists()
 

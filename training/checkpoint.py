@@ -39,9 +39,7 @@ class Checkpoints:
         try:
             self.save(step)
         except OSError as error:
-            announce(
-                f"Warning: no checkpoint after batch {step - 1} ({error.strerror or error}): the earlier one is kept."
-            )
+            announce(f"Warning: no checkpoint after batch {step} ({error.strerror or error}): the earlier one is kept.")
         self.last_time = time.monotonic()
 
     def save(self, step: int, finished: bool = False) -> None:
@@ -55,7 +53,7 @@ class Checkpoints:
         packed = dict(format=FORMAT, step=step, finished=finished, options=self.options,
                       random=random_state(self.device), parts=parts)  # fmt: skip
         if not all_finite(parts):
-            raise Diverged(f"the networks are no longer finite after batch {step - 1}")
+            raise Diverged(f"the networks are no longer finite after batch {step}")
         self.record.flush()
         new, newest = self.out_dir / "checkpoint.new.pt", self.out_dir / NEWEST
         atomic_write(new, lambda file: torch.save(packed, file))
@@ -158,7 +156,7 @@ def describe_last(folder: Path) -> str:
         checkpoint = read_checkpoint(folder, quiet=True)
     except BadInput:
         return "there is no checkpoint yet"
-    return f"the last good checkpoint is {checkpoint['file']}, after batch {checkpoint['step'] - 1}"
+    return f"the last good checkpoint is {checkpoint['file']}, after batch {checkpoint['step']}"
 
 
 def check_nothing_unfinished(out_dir: Path) -> None:
@@ -194,6 +192,8 @@ def restore_random_state(state: dict, device: torch.device) -> bool:
     kind, *rest = state["numpy"]["rest"]
     if not 0 <= rest[0] <= 624:  # NumPy does not check before it reads there
         raise ValueError("no position in NumPy's random numbers")
+    if not state["numpy"]["keys"].any():
+        raise ValueError("NumPy would draw the same number for ever")
     np.random.set_state((kind, state["numpy"]["keys"].numpy().astype(np.uint32), *rest))
     if state["device"] != device.type:
         return False

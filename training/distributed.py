@@ -107,6 +107,6 @@ def explain(error: BaseException | None, step: int) -> None:
         return
     words = str(error)
     if "between 0 and 1" in words or "device-side assert" in words:  # BCELoss's, on the CPU and on CUDA
-        raise Diverged(f"the loss is no longer finite at batch {step}") from error
+        raise Diverged(f"the loss is no longer finite at step {step}") from error
     if isinstance(error, dist.DistError) or any(name in words for name in ("gloo", "Connection closed", "NCCL")):
         raise LostRank("another rank of this run was lost") from error

@@ -193,7 +193,7 @@ class RunRecord(SilentRecord):
             return
         row = read_metrics(metrics)
         if not (math.isfinite(row["d_loss"]) and math.isfinite(row["g_loss"])):
-            raise Diverged(f"the loss is no longer finite at batch {step}")
+            raise Diverged(f"the loss is no longer finite at step {step}")
         if logged:
             self.write_row(step, row)
             for key, value in row.items():

@@ -71,21 +71,19 @@ def remove_part_files(out_dir: Path) -> None:
 
 
 def set_aside_earlier_run(out_dir: Path) -> None:
-    """Move an earlier run's files from `out_dir` to that run's folder below logs/, and say so."""
+    """Move an earlier run's files, and all that has their names, to that run's folder below logs/, and say so."""
+    pngs = [f"{folder}/{path.name}" for folder in GRIDS for path in (out_dir / folder).glob("*.png")]
+    grids = [name for name in pngs if OUR_GRID.fullmatch(Path(name).name)]
     # config.json last: it names the folder
-    names = ["metrics.jsonl", "images/film.gif", *WEIGHTS, *BEST, NEWEST, PREVIOUS, "config.json"]
+    names = [*grids, "metrics.jsonl", "images/film.gif", *WEIGHTS, *BEST, NEWEST, PREVIOUS, "config.json"]
     found = [name for name in names if (out_dir / name).is_file()]
-    if not set(found) - {"images/film.gif"}:
+    if not found:
         return
     kept = earlier_log_dir(out_dir)
     if kept is None or any((kept / name).exists() for name in found):  # never overwrite
         kept = new_log_dir(out_dir)
-    for folder in GRIDS:
-        (kept / folder).mkdir(parents=True, exist_ok=True)
-        for path in (out_dir / folder).glob("*.png"):
-            if OUR_GRID.fullmatch(path.name) and path.is_file():
-                os.replace(path, kept / folder / path.name)
     for name in found:
+        (kept / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(out_dir / name, kept / name)
     announce(f"The earlier run's files were moved to {kept}")
 
