@@ -102,18 +102,21 @@ class Discriminator(nn.Module):
     """D(x): is the image real, and which class does it show? (tutorial, "判别网络").
 
     Sizes are those of Generator. `norm` is "batch" or "none", `dropout` the share of the channels in [0, 1). `outputs`
-    are "probabilities", or the "logits" that they are made of. Weight files record all, as those of Generator do.
+    are "probabilities", or the "logits" that they are made of. `class_head` "2k" has n_classes more outputs, for the
+    classes of generated images. Weight files record all, as those of Generator do.
     """
 
-    TUTORIAL = dict(norm="batch", bn_eps=0.8, dropout=0.25, outputs="probabilities")
+    TUTORIAL = dict(norm="batch", bn_eps=0.8, dropout=0.25, outputs="probabilities", class_head="aux")
 
     def __init__(self, n_classes: int = 10, img_size: int = 32, channels: int = 1, norm: str = "batch",
-                 bn_eps: float = 0.8, dropout: float = 0.25, outputs: str = "probabilities"):  # fmt: skip
+                 bn_eps: float = 0.8, dropout: float = 0.25, outputs: str = "probabilities",
+                 class_head: str = "aux"):  # fmt: skip
         super().__init__()
         check_sizes(n_classes=n_classes, img_size=img_size, channels=channels)
-        check_choices(norm=(norm, ("batch", "none")), outputs=(outputs, ("probabilities", "logits")))
+        check_choices(norm=(norm, ("batch", "none")), outputs=(outputs, ("probabilities", "logits")),
+                      class_head=(class_head, ("aux", "2k")))  # fmt: skip
         self.config = dict(n_classes=n_classes, img_size=img_size, channels=channels, norm=norm, bn_eps=bn_eps,
-                           dropout=dropout, outputs=outputs)  # fmt: skip
+                           dropout=dropout, outputs=outputs, class_head=class_head)  # fmt: skip
         self.classes = [str(label) for label in range(n_classes)]  # the data set's names replace these
 
         def discriminator_block(in_filters, out_filters, bn=True):
@@ -137,7 +140,8 @@ class Discriminator(nn.Module):
         # Each convolution rounds an odd side up, so 28 ends at 2; for multiples of 16 it is img_size / 16.
         ds_size = -(-img_size // 16)
         self.adv_layer = nn.Sequential(nn.Linear(128 * ds_size**2, 1), nn.Sigmoid())
-        self.aux_layer = nn.Sequential(nn.Linear(128 * ds_size**2, n_classes), nn.Softmax(dim=1))
+        n_labels = n_classes * (2 if class_head == "2k" else 1)
+        self.aux_layer = nn.Sequential(nn.Linear(128 * ds_size**2, n_labels), nn.Softmax(dim=1))
         if outputs == "logits":
             self.adv_layer[1] = self.aux_layer[1] = nn.Identity()
 
@@ -146,13 +150,17 @@ class Discriminator(nn.Module):
 
         Returns:
             validity: P(real), float32 (B, 1), in [0, 1];
-            label: class probabilities, float32 (B, n_classes), each row sums to 1;
+            label: class probabilities, float32 (B, n_classes) or (B, 2 * n_classes), each row sums to 1;
             or both as logits, of any value.
         """
         out = self.conv_blocks(img).flatten(1)  # (B, 128 * ds_size**2)
         validity = self.adv_layer(out)
         label = self.aux_layer(out)
         return validity, label
+
+    def validity_logit(self, img: torch.Tensor) -> torch.Tensor:
+        """Return the logit of P(real), float32 (B, 1)."""
+        return self.adv_layer[0](self.conv_blocks(img).flatten(1))
 
 
 def check_sizes(**sizes: int) -> None:

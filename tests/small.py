@@ -53,7 +53,7 @@ def watch() -> None:
         seen.append(indices.tolist())
         return gather(self, indices)
 
-    def watched_step(generator, discriminator, optimizer_G, optimizer_D, real_imgs, labels, z, gen_labels):
+    def watched_step(generator, discriminator, optimizer_G, optimizer_D, real_imgs, labels, z, *others):
         done = len(watched_step.calls)
         watched_step.calls.append(1)
         if os.environ.get("PAUSE_AT") == str(done):
@@ -62,7 +62,7 @@ def watch() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if os.environ.get("SPOIL_AT") == f"{rank} {done}":
             real_imgs = real_imgs * float("nan")
-        inputs = real_imgs, labels, z, gen_labels
+        inputs = real_imgs, labels, z, *others
         metrics = train_step(generator, discriminator, optimizer_G, optimizer_D, *inputs)
         if "NOTES" in os.environ:
             digest = hashlib.sha256()

@@ -7,7 +7,16 @@ from conftest import ROOT
 
 COMMANDS = ("acgan", "generate", "evaluate", "train_judge")
 # each floor may import those before it, and itself
-FLOORS = [("early_interrupt", "utils"), ("models",), ("drawing",), ("data",), ("evaluation",), ("training",), ("cli",)]
+FLOORS = [
+    ("early_interrupt", "utils"),
+    ("models",),
+    ("drawing",),
+    ("data",),
+    ("evaluation",),
+    ("training",),
+    ("cli",),
+    ("recipes",),
+]
 FLOORS.append(COMMANDS)
 FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 FILES = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]

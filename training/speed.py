@@ -11,7 +11,7 @@ from collections import Counter
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import announce, on_terminal
+from utils import BadInput, announce, on_terminal
 
 BREAK_EVEN = 5_000  # batches of a run; compiling wins its time back after about half as many
 
@@ -41,7 +41,12 @@ def tune_process(device: torch.device, threads: int | None = None) -> None:
 
 
 def choose_compile(asked: str, device: torch.device, world_size: int, batches: int) -> str:
-    """Turn `--compile` into "on" or "off": auto compiles on a CPU, on one rank, if the whole run has many batches."""
+    """Turn `--compile` into "on" or "off": auto compiles on a CPU, on one rank, if the whole run has many batches.
+
+    Raises BadInput for "on" with several ranks.
+    """
+    if asked == "on" and world_size > 1:
+        raise BadInput("argument --compile: on works on one rank only: drop it")
     if asked != "auto":
         return asked
     pays = device.type == "cpu" and world_size == 1
@@ -51,10 +56,10 @@ def choose_compile(asked: str, device: torch.device, world_size: int, batches: i
 
 
 def accelerate(train_batch, generator, discriminator, batch_size: int, compile: str, amp: str, in_memory: bool = True):
-    """Return the fastest way that this device has to call `train_batch(generator, discriminator, indices)`.
+    """Return the fastest way that this device has to call `train_batch(generator, discriminator, indices, penalised)`.
 
     Only full batches use compiled networks. A CUDA graph needs batches from the device's memory. Returns a function of
-    the indices; what it returns may be overwritten by its next call.
+    the indices and `penalised`; what it returns may be overwritten by its next call.
     """
     networks = plain = fast = (generator, discriminator)
     if amp == "bf16":
@@ -65,8 +70,8 @@ def accelerate(train_batch, generator, discriminator, batch_size: int, compile: 
     if compile == "on":
         fast = compiled(networks, batch_size, amp) or plain
 
-    def call(indices):
-        return train_batch(*(fast if len(indices) == batch_size else plain), indices)
+    def call(indices, penalised=False):
+        return train_batch(*(fast if len(indices) == batch_size else plain), indices, penalised)
 
     on_cuda = next(generator.parameters()).device.type == "cuda"
     one_rank = not isinstance(generator, DistributedDataParallel)  # several talk to each other in mid-batch
@@ -134,10 +139,11 @@ def rehearse(networks, fast, batch_size: int) -> None:
 
 
 class CapturedBatches:
-    """Replays the whole batch as one CUDA graph, so that the host only starts it; one graph for each batch size.
+    """Replays the whole batch as one CUDA graph, so that the host only starts it.
 
-    The first batches of a size run uncaptured, on a side stream, as PyTorch asks; they train like all others. If
-    capturing fails, one line says so and the batches stay uncaptured. The next batch overwrites the returned metrics.
+    There is one graph for each kind of batch: its size, and whether it is penalised. The first batches of a kind run
+    uncaptured, on a side stream, as PyTorch asks; they train like all others. If capturing fails, one line says so and
+    the batches stay uncaptured. The next batch overwrites the returned metrics.
     """
 
     WARM_UP = 3  # batches
@@ -149,32 +155,32 @@ class CapturedBatches:
         self.works = True
         self.side = torch.cuda.Stream()
 
-    def __call__(self, indices):
-        size = len(indices)
-        if size in self.graphs:
-            return self.replay(indices)
-        self.seen[size] += 1
-        if self.works and self.seen[size] > self.WARM_UP:
+    def __call__(self, indices, penalised=False):
+        kind = len(indices), penalised
+        if kind in self.graphs:
+            return self.replay(kind, indices)
+        self.seen[kind] += 1
+        if self.works and self.seen[kind] > self.WARM_UP:
             try:
-                self.capture(indices)
-                return self.replay(indices)
+                self.capture(kind, indices)
+                return self.replay(kind, indices)
             except RuntimeError as error:
                 self.works = False
                 announce(f"CUDA graph: off, as capturing failed: {str(error).splitlines()[0]}")
         self.side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.side):
-            metrics = self.call(indices)
+            metrics = self.call(indices, penalised)
         torch.cuda.current_stream().wait_stream(self.side)
         return metrics
 
-    def capture(self, indices) -> None:
+    def capture(self, kind, indices) -> None:
         graph, static_indices = torch.cuda.CUDAGraph(), indices.clone()
         with torch.cuda.graph(graph):  # records, but does not run
-            metrics = self.call(static_indices)
-        self.graphs[len(indices)] = graph, static_indices, metrics
+            metrics = self.call(static_indices, kind[1])
+        self.graphs[kind] = graph, static_indices, metrics
 
-    def replay(self, indices):
-        graph, static_indices, metrics = self.graphs[len(indices)]
+    def replay(self, kind, indices):
+        graph, static_indices, metrics = self.graphs[kind]
         static_indices.copy_(indices)
         graph.replay()
         return metrics

@@ -1,0 +1,88 @@
+"""The departures from the tutorial: their flags, and named sets of them. training/departures.py has their mathematics.
+
+Every default is the tutorial's way. `--recipe NAME` sets other defaults; a single flag given beside it wins.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from cli import number
+from models import Discriminator, Generator, weights_init_normal
+from training.departures import Objective, start_from
+from utils import BadInput
+
+# fmt: off
+DEPARTURES = ("recipe", "class_loss", "bn_eps", "conditioning", "fake_class_loss", "class_head", "d_norm", "d_dropout",
+              "r1", "pretrain_class_head", "lr_schedule")
+RECIPES = {
+    "faithful": {},
+    "best": dict(class_loss="logits", bn_eps=1e-5, class_head="2k", d_norm="none", d_dropout=0.0, r1=0.2,
+                 lr_schedule="linear", lr=0.002, b1=0.0, b2=0.99, ema=0.999),
+}
+# fmt: on
+
+
+def add_departure_flags(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for each of DEPARTURES, and --init_from."""
+    above_0 = number(float, "a number above 0, such as 0.00001", lambda value: value > 0)
+    share = number(float, "a number in [0, 1), such as 0.25", lambda value: 0 <= value < 1)
+    gamma = number(float, "a number of 0 or more, such as 0.2", lambda value: value >= 0)
+    epochs = number(int, "a whole number of 0 or more", lambda value: 0 <= value < 2**31)
+    # fmt: off
+    add = parser.add_argument_group("departures from the tutorial").add_argument
+    add("--recipe", choices=list(RECIPES), default="faithful", help="best: a set of these that draws far better digits "
+        "far sooner, with its own --lr, --b1, --b2 and --ema; --recipe best --help shows them")
+    add("--class_loss", choices=["softmax_twice", "logits"], default="softmax_twice",
+        help="logits: D returns logits, without the softmax before the cross-entropy")
+    add("--bn_eps", type=above_0, default=0.8, metavar="X", help="eps of batch norm; PyTorch's own is 0.00001")
+    add("--conditioning", choices=["multiply", "concat"], default="multiply", help="how label embedding and noise meet")
+    add("--fake_class_loss", choices=["on", "off"], default="on", help="whether D learns classes from generated images")
+    add("--class_head", choices=["aux", "2k"], default="aux",
+        help="2k: one output for each class of real images, and one for each of generated ones")
+    add("--d_norm", choices=["batch", "none"], default="batch", help="batch norm in D")
+    add("--d_dropout", type=share, default=0.25, metavar="P", help="share of D's channels that are dropped, in [0, 1)")
+    add("--r1", type=gamma, default=0.0, metavar="GAMMA", help="R1 penalty on D's gradient at real images; 0: none")
+    add("--pretrain_class_head", type=epochs, default=0, metavar="N",
+        help="epochs in which D's class head first learns the real images alone")
+    add("--lr_schedule", choices=["constant", "linear"], default="constant",
+        help="linear: --lr falls to 0 over the second half of the run")
+    add("--init_from", type=Path, metavar="PATH", help="start G and D from the weights of a run's folder, or one of "
+        "them from a file: to fine-tune on other images, say (default: random weights)")
+    # fmt: on
+
+
+def apply_recipe(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+    """Let the recipe named in `argv` set the parser's defaults."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", nargs="?", default="faithful")
+    parser.set_defaults(**RECIPES.get(first.parse_known_args(argv)[0].recipe, {}))
+
+
+def check_departures(opt: argparse.Namespace) -> None:
+    """Raise BadInput for switches that contradict each other."""
+    if opt.class_head == "2k" and opt.fake_class_loss == "off":
+        raise BadInput("argument --fake_class_loss: off leaves half of --class_head 2k untrained: drop one of the two")
+
+
+def build_networks(opt: argparse.Namespace, device: torch.device):
+    """Return G, D and the inputs of their graphs, drawn in the tutorial's order, which fixes the random stream."""
+    outputs = "logits" if opt.class_loss == "logits" else "probabilities"
+    generator = Generator(opt.n_classes, opt.latent_dim, opt.img_size, opt.channels, opt.conditioning, opt.bn_eps)
+    discriminator = Discriminator(opt.n_classes, opt.img_size, opt.channels, opt.d_norm, opt.bn_eps, opt.d_dropout,
+                                  outputs, opt.class_head)  # fmt: skip
+    generator.classes = discriminator.classes = opt.classes
+    labels, z = torch.randint(opt.n_classes, (1,)), torch.randn(1, opt.latent_dim)  # labels first
+    img = torch.randn(1, opt.channels, opt.img_size, opt.img_size)
+    for network in (generator, discriminator):
+        network.apply(weights_init_normal)
+    if opt.init_from:
+        start_from(opt.init_from, generator, discriminator)
+    return generator.to(device), discriminator.to(device), (z.to(device), labels.to(device), img.to(device))
+
+
+def build_objective(opt: argparse.Namespace) -> Objective:
+    """Return the losses that the options ask for."""
+    return Objective(logits=opt.class_loss == "logits", fake_class_loss=opt.fake_class_loss == "on",
+                     twin_head=opt.class_head == "2k", r1=opt.r1)  # fmt: skip
