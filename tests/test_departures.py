@@ -158,7 +158,7 @@ def test_rate_falls_to_0_over_the_second_half_also_when_resumed(train, tmp_path,
     assert train(*flags, "--out_dir", tmp_path / "run", "--max_steps", 6).status == 0
     assert rates[-1][0] == pytest.approx(0.01 * 2 * (1 - 5 / 6))  # it was planned for six
     line = errors(train("--resume", tmp_path / "run"))
-    assert "--lr_schedule: the rate of this run is 0 after batch 6: lower --n_epochs or --max_steps, or start an" in line
+    assert "--lr_schedule: the rate of this run is 0 after batch 6: lower --n_epochs or --max_steps" in line
 
 
 @pytest.mark.parametrize("flags", [["--recipe", "best"], *SWITCHES], ids=lambda flags: " ".join(map(str, flags)))
@@ -214,7 +214,8 @@ def test_run_can_start_from_the_weights_of_another(train, tmp_path):
     assert "Discriminator" not in result.err
     line = errors(train(*flags, "--bn_eps", 1e-5, "--out_dir", tmp_path / "fourth"))
     assert "--init_from: the weights of" in line and "are for bn_eps 0.8, not 1e-05: give this run" in line
-    assert "--init_from: a run that continues has begun already" in errors(train("--resume", tmp_path / "first", *flags[-2:]))
+    line = errors(train("--resume", tmp_path / "first", *flags[-2:]))
+    assert "--init_from: a run that continues has begun already" in line
     assert not (tmp_path / "fourth").exists()
 
 
