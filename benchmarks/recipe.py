@@ -1,0 +1,147 @@
+"""The search for `--recipe best`: short runs of many variants, scored on training digits that were held out.
+
+    python -m benchmarks.recipe                # runs what benchmarks/recipe.jsonl lacks; stop and go on at any time
+    python -m benchmarks.recipe --table        # the means over seeds
+
+Each cell trains `acgan.py` on the first 50,000 training digits. A judge of these 50,000 scores the EMA against the other
+10,000, and CAS is tested on them. The test digits are never read. Cells run one at a time: two at once on two cores would
+be many times slower.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import acgan  # noqa: E402 (needs the path above)
+from data import load_dataset  # noqa: E402
+from drawing import draw_set  # noqa: E402
+from evaluation.judge import load_judge, train_classifier  # noqa: E402
+from evaluation.scorecard import Counts, score, show_to  # noqa: E402
+from models import load_network, save_network  # noqa: E402
+from training.speed import tune_process  # noqa: E402
+
+ROWS = ROOT / "benchmarks" / "recipe.jsonl"
+TRAINED = 50_000  # digits; the rest of the 60,000 is for the scores
+COUNTS = Counts(scored=1000, cas=3000, cas_epochs=2, pairs=100)
+SHOWN = ("agreement", "fid", "coverage", "cas", "ms_ssim")
+BEST = ["--recipe", "best"]
+VARIANTS = {  # name: batches, flags
+    "faithful": (1000, []),
+    "best": (1000, BEST),
+    "gamma 0.05": (1000, [*BEST, "--r1", "0.05"]),
+    "gamma 0.1": (1000, [*BEST, "--r1", "0.1"]),
+    "gamma 0.5": (1000, [*BEST, "--r1", "0.5"]),
+    "lr 0.001": (1000, [*BEST, "--lr", "0.001"]),
+    "lr 0.003": (1000, [*BEST, "--lr", "0.003"]),
+    "b1 0.5": (1000, [*BEST, "--b1", "0.5"]),
+    "bn_eps 0.8": (1000, [*BEST, "--bn_eps", "0.8"]),
+    "ema 0.998": (1000, [*BEST, "--ema", "0.998"]),
+    "batch 128": (500, [*BEST, "--batch_size", "128"]),
+    "batch 32": (2000, [*BEST, "--batch_size", "32"]),
+}
+
+
+def first_digits(name, data_root, img_size, *args, **kwargs):
+    """Stand in for load_dataset: the digits to train on."""
+    data = load_dataset(name, data_root, img_size, *args, **kwargs)
+    return data._replace(images=data.images[:TRAINED], labels=data.labels[:TRAINED])
+
+
+def held_out_judge(path: Path, data):
+    """Return the judge of the digits to train on; it is trained once and kept at `path`."""
+    if not path.exists():
+        judge = train_classifier(data.images[:TRAINED], data.labels[:TRAINED], 10, 10, 0, "cpu", jitter=True)
+        judge.classes = data.classes
+        save_network(path, judge)
+    return load_judge(path)
+
+
+def run_cell(name: str, seed: int, judge_path: Path) -> None:
+    """Train and score one cell in this process, and print its row as the last line."""
+    batches, flags = VARIANTS[name]
+    acgan.load_dataset = first_digits
+    with tempfile.TemporaryDirectory() as out_dir:
+        start = time.monotonic()
+        status = acgan.main([*flags, "--seed", str(seed), "--max_steps", str(batches), "--out_dir", out_dir,
+                             "--compile", "on", "--sample_interval", "100000", "--checkpoint_interval", "100000"])  # fmt: skip
+        seconds = time.monotonic() - start
+        if status:
+            sys.exit(status)
+        generator = load_network(Path(out_dir) / "acgan_gen_ema.pth").eval()
+    tune_process(torch.device("cpu"))
+    data = load_dataset("mnist", None, 32)
+    judge = held_out_judge(judge_path, data)
+    labels = torch.arange(10).repeat(COUNTS.cas)
+    real = show_to(judge, data.images[TRAINED:], data.labels[TRAINED:])
+    scores, by_class = score(draw_set(generator, labels, seed=0), labels, real, judge, COUNTS)
+    scores["worst_coverage"] = min(row["coverage"] for row in by_class)
+    scores = {key: round(value, 5) for key, value in scores.items()}
+    row = dict(name=name, seed=seed, batches=batches, flags=flags, seconds=round(seconds, 1), **scores)
+    print(json.dumps(row), flush=True)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Return the rows that are whole."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue  # cut off by a kill
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """Return the mean over seeds of each variant, and the spread of its CAS, as Markdown."""
+    lines = [
+        "| variant | batches | seeds | " + " | ".join(SHOWN) + " | CAS, from to |",
+        "| --- " * (len(SHOWN) + 4) + "|",
+    ]
+    for name in dict.fromkeys(row["name"] for row in rows):
+        own = [row for row in rows if row["name"] == name]
+        means = [f"{statistics.mean(row[key] for row in own):.3f}" for key in SHOWN]
+        cas = [row["cas"] for row in own]
+        lines.append(
+            f"| {name} | {own[0]['batches']:,} | {len(own)} | {' | '.join(means)} | {min(cas):.3f} to {max(cas):.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of each variant (default: %(default)s)")
+    parser.add_argument("--only", action="append", help="only this variant; may be repeated (default: all)")
+    parser.add_argument("--table", action="store_true", help="print the table of what is there, and run nothing")
+    parser.add_argument("--judge", type=Path, default=Path(tempfile.gettempdir()) / "acgan_held_out_judge.pth",
+                        help="where the judge is kept between runs (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--cell", nargs=2, metavar=("NAME", "SEED"), help=argparse.SUPPRESS)
+    opt = parser.parse_args()
+    if opt.cell:
+        return run_cell(opt.cell[0], int(opt.cell[1]), opt.judge)
+    if opt.table:
+        return print(table(read_rows(ROWS)))
+    names = opt.only or list(VARIANTS)
+    done = {(row["name"], row["seed"]) for row in read_rows(ROWS)}
+    cells = [(name, seed) for seed in range(opt.seeds) for name in names if (name, seed) not in done]
+    for name, seed in tqdm(cells, unit="cell"):  # all variants of seed 0 first
+        command = [sys.executable, "-m", "benchmarks.recipe", "--judge", opt.judge, "--cell", name, str(seed)]
+        result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        if result.returncode:
+            raise SystemExit(f"recipe.py: error: {name}, seed {seed} ended with status {result.returncode}")
+        with open(ROWS, "a") as file:
+            file.write(result.stdout.splitlines()[-1] + "\n")
+
+
+if __name__ == "__main__":
+    main()
