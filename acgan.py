@@ -196,7 +196,7 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
     add("--channels", type=COUNT, metavar="N", help="image channels, only as a check (default: those of the data)")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=NAMES, default="mnist",
-        help="images to learn; folder reads DATA_ROOT/CLASS/*.png and *.jpg, grey if all are, cropped to squares")
+        help="images to learn; folder reads PNG, JPEG, WebP and BMP from DATA_ROOT/CLASS/, cropped to squares")
     add("--data_root", type=Path, metavar="DIR", help="folder of your classes' folders, or of the files of a set "
         "other than mnist, which is bundled (default: data/downloads beside acgan.py)")
     add("--n_cpu", type=COUNT, default=8, metavar="N", help="workers, at most one a core, that decode a large folder")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything to be measured on one NVIDIA GPU, in one call of under ten minutes; results and grids below $OUT.
+# Tests and timings on one NVIDIA GPU, in under ten minutes; results and grids below $OUT.
 # Uses `python3` as it is: torch 2.11 or newer with CUDA, torchvision, numpy, tqdm, tensorboard and pytest.
 set -uo pipefail
 cd "$(dirname "$0")/.."

@@ -3,9 +3,9 @@
     python -m benchmarks.recipe                # runs what benchmarks/recipe.jsonl lacks; stop and go on at any time
     python -m benchmarks.recipe --table        # the means over seeds
 
-Each cell trains `acgan.py` on the first 50,000 training digits. A judge of these 50,000 scores the EMA against the other
-10,000, and CAS is tested on them. The test digits are never read. Cells run one at a time: two at once on two cores would
-be many times slower.
+Each cell trains `acgan.py` on the first 50,000 training digits. A judge of these scores the EMA against the other
+10,000, and CAS is tested on them. The test digits are never read. Cells run one at a time, as two at once on two cores
+are many times slower.
 """
 
 import argparse
@@ -73,8 +73,9 @@ def run_cell(name: str, seed: int, judge_path: Path) -> None:
     acgan.load_dataset = first_digits
     with tempfile.TemporaryDirectory() as out_dir:
         start = time.monotonic()
+        few_files = ["--sample_interval", "100000", "--checkpoint_interval", "100000"]
         status = acgan.main([*flags, "--seed", str(seed), "--max_steps", str(batches), "--out_dir", out_dir,
-                             "--compile", "on", "--sample_interval", "100000", "--checkpoint_interval", "100000"])  # fmt: skip
+                             "--compile", "on", *few_files])  # fmt: skip
         seconds = time.monotonic() - start
         if status:
             sys.exit(status)
@@ -104,10 +105,8 @@ def read_rows(path: Path) -> list[dict]:
 
 def table(rows: list[dict]) -> str:
     """Return the mean over seeds of each variant, and the spread of its CAS, as Markdown."""
-    lines = [
-        "| variant | batches | seeds | " + " | ".join(SHOWN) + " | CAS, from to |",
-        "| --- " * (len(SHOWN) + 4) + "|",
-    ]
+    head = ["variant", "batches", "seeds", *SHOWN, "CAS, from to"]
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for name in dict.fromkeys(row["name"] for row in rows):
         own = [row for row in rows if row["name"] == name]
         means = [f"{statistics.mean(row[key] for row in own):.3f}" for key in SHOWN]

@@ -1,4 +1,4 @@
-"""Are the bundled weights what weights/scorecard.json says? Scores them in full, about a minute on two fast cores.
+"""Are the bundled weights what weights/scorecard.json says? Scores them as evaluate.py does, about a minute.
 
 python benchmarks/scorecard.py            # compare, with tolerances for other processors; exit status 1 if they differ
 python benchmarks/scorecard.py --write    # write the file
