@@ -35,7 +35,7 @@ def test_captured_batches_train_as_plain_ones():
         adam = dict(lr=0.0002, betas=(0.5, 0.999), fused=True, capturable=True)
         optimizers = [torch.optim.Adam(network.parameters(), **adam) for network in (generator, discriminator)]
 
-        def train_batch(generator, discriminator, picked, optimizers=optimizers):
+        def train_batch(generator, discriminator, picked, penalised, optimizers=optimizers):
             inputs = *batches.gather(picked), z[picked], gen_labels[picked]
             return acgan.train_step(generator, discriminator, *optimizers, *inputs)
 
@@ -43,12 +43,12 @@ def test_captured_batches_train_as_plain_ones():
         if how == "plain":
             call = call.call
         losses[how] = [[metrics["d_loss"].item(), metrics["g_loss"].item()] for metrics in map(call, indices)]
-    assert set(call.graphs) == {64, 24} and call.works
+    assert set(call.graphs) == {(64, False), (24, False)} and call.works
     torch.testing.assert_close(torch.tensor(losses["captured"]), torch.tensor(losses["plain"]), rtol=1e-3, atol=0)
 
 
 def test_replays_draw_new_numbers():
-    def draw(generator, discriminator, indices):
+    def draw(generator, discriminator, indices, penalised):
         return {"drawn": torch.rand((), device="cuda")}
 
     call = speed.accelerate(draw, Generator().cuda(), Discriminator().cuda(), 64, "off", "off")
@@ -58,7 +58,7 @@ def test_replays_draw_new_numbers():
 
 
 def test_batch_that_cannot_be_captured_goes_on_without(capsys):
-    def waits_for_the_device(generator, discriminator, indices):
+    def waits_for_the_device(generator, discriminator, indices, penalised):
         return {"drawn": torch.rand(int(indices.sum()) + 1, device="cuda").sum()}
 
     call = speed.accelerate(waits_for_the_device, Generator().cuda(), Discriminator().cuda(), 4, "off", "off")
@@ -78,7 +78,7 @@ def test_images_beyond_the_memory_budget_train_as_those_in_memory(tmp_path, monk
     assert ours[:8] == pytest.approx(theirs[:8], rel=1e-2)
 
 
-@pytest.mark.parametrize("flags", [[], ["--amp", "bf16"], ["--compile", "on"]])
+@pytest.mark.parametrize("flags", [[], ["--amp", "bf16"], ["--compile", "on"], ["--recipe", "best"]])
 def test_run_and_resume_on_the_gpu(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(acgan, "load_dataset", small.few(150))
     words = ["--device", "cuda", "--seed", 0, "--log_interval", 1, "--out_dir", tmp_path, *flags, "--max_steps", 20]

@@ -61,7 +61,7 @@ def ten_steps(plain=False, compile="off"):
         torch.optim.Adam(net.parameters(), lr=0.0002, betas=(0.5, 0.999)) for net in (generator, discriminator)
     ]
 
-    def train_batch(generator, discriminator, indices):
+    def train_batch(generator, discriminator, indices, penalised):
         z = draw_noise(len(indices), 100, torch.device("cpu"))
         labels = draw_labels(len(indices), 10, torch.device("cpu"))
         return acgan.train_step(generator, discriminator, *optimizers, *batches.gather(indices), z, labels)
