@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -164,17 +165,36 @@ def catch_signals(handler=None) -> dict:
 class StopRequest:
     """Inside the block, a first stop signal sets `requested`; a second one raises Stopped.
 
-    `exit_status` is 128 + the number of the first signal.
+    `exit_status` is 128 + the number of the first signal. Python calls signal handlers only between two of its own
+    steps, so a long computation or a disk that hangs would hold them up. A second thread sees to it that the second
+    signal ends the process even then.
     """
 
     SAME_SIGNAL = 1.0  # seconds; torchrun passes a terminal's Ctrl-C on, so that it arrives twice
+    GRACE = 1.0  # seconds for the handler, before the thread ends the process
 
     def __init__(self) -> None:
         self.requested, self.exit_status = False, 0
 
     def __enter__(self):
         self._previous = catch_signals(self._on_signal)
+        self._left = threading.Event()
+        read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+        self._previous_fd = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(read_end,), daemon=True).start()
         return self
+
+    def _watch(self, read_end: int) -> None:
+        since = None
+        while number := os.read(read_end, 1):  # the number of a signal; nothing once the block is left
+            if number[0] not in self._previous:
+                continue
+            since = since or time.monotonic()
+            if time.monotonic() - since > self.SAME_SIGNAL and not self._left.wait(self.GRACE):
+                announce("Stopped at once.")
+                os._exit(128 + number[0])
+        os.close(read_end)
 
     def _on_signal(self, number, frame):
         if not self.requested:
@@ -183,5 +203,8 @@ class StopRequest:
             raise Stopped(number)
 
     def __exit__(self, *exc_info):
+        self._left.set()
+        signal.set_wakeup_fd(self._previous_fd)
+        os.close(self._write_end)
         for number, handler in self._previous.items():
             signal.signal(number, handler)

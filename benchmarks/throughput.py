@@ -1,7 +1,9 @@
 """How many batches a second: this script's own training path against a plain loop written as the tutorial trains.
 
-    python benchmarks/throughput.py            # about five minutes on two cores; nothing else should run
-    python benchmarks/throughput.py --json
+    python benchmarks/throughput.py                # about five minutes on two cores; nothing else should run
+    python benchmarks/throughput.py --isa avx2     # as on a processor without AVX-512, emulated
+    python benchmarks/throughput.py --busy         # ours alone: quiet, and beside one busy process, in turns
+    python benchmarks/throughput.py --markdown     # as docs/speed.md shows it; or --json
 
 Each side has a process of its own and trains all the time with its own settings; they take turns, round by round,
 so that both meet the same load. `ours` is `acgan.train` itself, with the default flags of a
@@ -26,13 +28,18 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import acgan  # noqa: E402 (needs the path above)
 from benchmarks.plain import plain_generator  # noqa: E402
 from data import builtin  # noqa: E402
 from models import Discriminator, Generator, weights_init_normal  # noqa: E402
 
+# What keeps PyTorch, oneDNN and MKL from AVX-512. Compiled code is kept apart: it would crash a process without these.
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / "acgan_avx2_compiled")}  # fmt: skip
+BUSY = "while True: pass"
 WARM_UP = 30  # batches before the first timed round
 DROPPED = 20  # batches at the start of a round: what the tutorial's workers had loaded ahead
 
@@ -129,6 +136,8 @@ class Rounds:
 def run_side(side: str, device: torch.device, batches: int, workers: int, plain: bool, flags: list[str]) -> None:
     """The life of one side's process."""
     rounds = Rounds(device, batches)
+    if os.environ.get("ATEN_CPU_CAPABILITY") == "avx2":
+        torch._inductor.config.cpp.simdlen = 256  # bits; without it compiled code is slower than on a real AVX2
     if side == "tutorial":
         for _ in tutorial_batches(device, workers):
             rounds.after_batch()
@@ -155,7 +164,12 @@ class Side:
     def __init__(self, name: str, opt):
         command = [sys.executable, __file__, "--side", name, "--device", opt.device, "--batches", str(opt.batches)]
         command += ["--workers", str(opt.workers), *["--plain"] * opt.plain, *opt.flags]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        env = os.environ | (AVX2 if opt.isa == "avx2" else {})
+        if name == "ours":
+            command[1:1] = ["-c", f"import runpy, before_torch; runpy.run_path({__file__!r}, run_name='__main__')"]
+            command.remove(__file__)
+            env |= {"PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         self.memory = self.read()["memory"]  # also the end of its warm-up
 
     def read(self) -> dict:
@@ -206,6 +220,25 @@ def matmul_rate(device: torch.device) -> float:
     return n**3 / best
 
 
+def beside_a_busy_process(opt) -> dict:
+    """Time ours, quiet and beside a process that keeps one core busy, in turns; batches a second and their ratio."""
+    side, times = Side("ours", opt), {"quiet": [], "busy": []}
+    try:
+        for _ in range(opt.rounds):
+            times["quiet"].append(side.round())
+            busy = subprocess.Popen([sys.executable, "-c", BUSY])
+            try:
+                times["busy"].append(side.round())
+            finally:
+                busy.kill()
+                busy.wait()
+    finally:
+        side.stop()
+    ratios = [busy / quiet for quiet, busy in zip(times["quiet"], times["busy"], strict=True)]
+    per_second = {name: spread([opt.batches / seconds for seconds in values]) for name, values in times.items()}
+    return {"batches_per_second": per_second, "times_as_long": spread(ratios)}
+
+
 def spread(values: list[float]) -> dict[str, float]:
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
@@ -217,13 +250,20 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=8, help="the tutorial's --n_cpu (default: %(default)s)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(default: %(default)s)")
     parser.add_argument("--plain", action="store_true", help="ours with the tutorial's upsampling, not the folded one")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--isa", choices=["native", "avx2"], default="native",
+                        help="instructions for both sides; avx2 is emulated (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--busy", action="store_true", help="ours alone, beside a busy process and without")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    form.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--side", choices=["tutorial", "ours"], help=argparse.SUPPRESS)
     opt, opt.flags = parser.parse_known_args()  # what is left goes to acgan.py: --compile off, for instance
     device = torch.device(opt.device)
     if opt.side:
         return run_side(opt.side, device, opt.batches, opt.workers, opt.plain, opt.flags)
 
+    if opt.busy:
+        return print(json.dumps(beside_a_busy_process(opt), indent=2))
     sides = {}
     times, rates = {"tutorial": [], "ours": []}, []
     try:
@@ -244,6 +284,8 @@ def main() -> None:
         "machine": torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores, {cpu_name()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "isa": "AVX2, emulated" if opt.isa == "avx2" else torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
         "flags": ["--plain"] * opt.plain + opt.flags,
         "batches_per_second": {name: spread(values) for name, values in per_second.items()},
         "ratio": spread(ratios),
@@ -255,7 +297,11 @@ def main() -> None:
     }
     if opt.json:
         return print(json.dumps(result, indent=2))
-    print(f"{result['machine']}; Python {result['python']}, PyTorch {result['torch']}; flags: {opt.flags or 'default'}")
+    setting = f"{result['machine']} ({result['isa']}, threads: {result['threads']}); Python {result['python']}, PyTorch"
+    setting += f" {result['torch']}; flags: {' '.join(result['flags']) or 'default'}"
+    if opt.markdown:
+        return print(f"{setting}; {opt.rounds} rounds of {opt.batches} batches\n\n{markdown(result)}")
+    print(setting)
     print(f"{opt.rounds} rounds of {opt.batches} batches of 64 images each, in turn\n")
     print(f"{'':24}{'min':>8}{'median':>8}{'max':>8}   peak memory, MiB")
     for name in times:
@@ -266,6 +312,21 @@ def main() -> None:
     print(f"{'ratio':24}{row['min']:8.2f}{row['median']:8.2f}{row['max']:8.2f}\n")
     print(f"One step: {step / 1e9:.2f} G multiply-adds; matrix products here: {rate / 1e9:.0f} G a second;")
     print(f"so at least {step / rate * 1e3:.1f} ms a batch, of which {result['share_of_floor']:.0%} is reached.")
+
+
+def markdown(result: dict) -> str:
+    """Return the figures as a Markdown table."""
+    lines = ["| batches/s | min | median | max | peak memory |", "| --- | --- | --- | --- | --- |"]
+    for name, row in result["batches_per_second"].items():
+        figures = " | ".join(f"{row[key]:.2f}" for key in ("min", "median", "max"))
+        lines.append(f"| {name} | {figures} | {result['peak_memory_MiB'][name]:,.0f} MiB |")
+    figures = " | ".join(f"{result['ratio'][key]:.2f}" for key in ("min", "median", "max"))
+    lines.append(f"| ratio, round by round | {figures} | |")
+    floor, share = result["floor_seconds_per_step"] * 1e3, result["share_of_floor"]
+    return (
+        "\n".join(lines)
+        + f"\n\nMatrix products alone would take {floor:.0f} ms a batch: {share:.0%} of that is reached."
+    )
 
 
 def cpu_name() -> str:

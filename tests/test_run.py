@@ -5,6 +5,8 @@ import math
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -213,6 +215,18 @@ def test_first_signal_waits_for_the_batch_and_a_second_one_does_not(monkeypatch)
         time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
+
+
+def test_second_signal_ends_even_a_computation_that_hears_none(tmp_path):
+    busy = "import hashlib, utils\nwith utils.StopRequest():\n    print('busy', flush=True)\n"
+    busy += "    hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)\nprint('finished')"  # many minutes in one call
+    process = subprocess.Popen([sys.executable, "-c", busy], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"busy\n"
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.2)  # two signals within a second count as one
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert (process.returncode, out, err) == (130, b"", b"Stopped at once.\n")
 
 
 def test_divergence_is_named_and_keeps_no_weights(train, tmp_path):
