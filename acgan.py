@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
-    import before_torch  # noqa: F401
+    import early_interrupt  # noqa: F401
 
 import torch
 
@@ -35,7 +35,7 @@ from training.distributed import LostRank, Ranks, was_restarted
 from training.record import RunRecord, SilentRecord
 from training.run_folder import check_out_dir
 from training.speed import accelerate, choose_compile, tune_process
-from utils import BadInput, Diverged, StopRequest, announce, choose_device, nearest_folder, seed_everything
+from utils import BadInput, Diverged, StopRequest, announce, choose_device, counted, nearest_folder, seed_everything
 
 # fmt: off
 # Options that change what is computed: a resumed run must have the checkpoint's.
@@ -284,9 +284,6 @@ def start(argv: list[str] | None) -> int:
     check_out_dir(opt.out_dir)
     if not checkpoint:
         check_nothing_unfinished(opt.out_dir)
-    if opt.seed is None:
-        opt.seed = ranks.broadcast(secrets.randbelow(2**32))  # the range that NumPy accepts
-        announce(f"Seed: {opt.seed}; --seed {opt.seed} repeats this run.")
     try:
         with ranks.rank_0_first():  # it alone downloads
             data = load_dataset(opt.dataset, opt.data_root, opt.img_size, opt.n_cpu, nearest_folder(opt.out_dir))
@@ -295,8 +292,12 @@ def start(argv: list[str] | None) -> int:
         opt.compile = choose_compile(opt.compile, ranks.device, ranks.world_size, opt.total_steps)
         interval = opt.eval_interval * len(batches) if opt.eval_interval and not ranks.rank else None
         scorer = EpochScorer(interval, opt.judge, data, ranks.device)
+        if opt.seed is None:
+            opt.seed = ranks.broadcast(secrets.randbelow(2**32))  # the range that NumPy accepts
+            announce(f"Seed: {opt.seed}; --seed {opt.seed} repeats this run.")
         announce(choose_device(opt.device)[1])  # with the threads that are set by now
-        announce(f"Data: {opt.dataset}, {opt.n_images:,} images of {opt.n_classes} classes.")
+        kind = "grey" if opt.channels == 1 else "colour"
+        announce(f"Data: {opt.dataset}, {counted(opt.n_images, f'{kind} image')} of {opt.n_classes} classes.")
         if checkpoint:
             announce(f"Resuming after batch {checkpoint['step']:,} of {opt.total_steps:,}.")
             if any(checkpoint["options"][name] != getattr(opt, name) for name in ("sample_interval", "compile")):

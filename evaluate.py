@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 if __name__ == "__main__":
-    import before_torch  # noqa: F401
+    import early_interrupt  # noqa: F401
 
 import torch
 from tqdm import tqdm

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    import before_torch  # noqa: F401
+    import early_interrupt  # noqa: F401
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torchvision.utils import make_grid, save_image
 from cli import COUNT, SEED, OneLineParser, add_device_flag, add_weights_flag, check_output, run_command
 from drawing import CHUNK, draw_images, draw_set
 from models import Generator, load_network
-from utils import BadInput, announce, atomic_write, choose_device, print_line
+from utils import BadInput, announce, atomic_write, choose_device, counted, print_line
 
 PNG_LIMIT = 10_000  # images in one picture
 SCALE, SIDE = 4, 1000  # without --scale a picture is enlarged up to SCALE times, and up to SIDE pixels
@@ -104,7 +104,7 @@ def generate(opt: argparse.Namespace) -> None:
         labels = torch.tensor(labels).repeat(opt.n)
         data = dict(images=draw_set(generator, labels, opt.seed).numpy(), labels=labels.numpy())
         atomic_write(opt.npz, lambda file: np.savez_compressed(file, **data))
-        print_line(f"{opt.npz}: {len(labels):,} images", must_succeed=True)
+        print_line(f"{opt.npz}: {counted(len(labels), 'image')}", must_succeed=True)
         return
     columns = opt.steps if opt.interpolate else len(labels)
     if columns * opt.n > PNG_LIMIT:
@@ -124,8 +124,8 @@ def generate(opt: argparse.Namespace) -> None:
     grid = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     atomic_write(opt.out, lambda file: save_image(grid, file, format="png"))
     names = [generator.classes[label] for label in labels]
-    shown = f"from {names[0]} to {names[1]}" if opt.interpolate else f"of the classes {', '.join(names)}"
-    print_line(f"{opt.out}: {opt.n} rows of {columns} images, {shown}", must_succeed=True)
+    shown = f"from {names[0]} to {names[1]}" if opt.interpolate else f"of {', '.join(names)}"
+    print_line(f"{opt.out}: {counted(opt.n, 'row')} of {counted(columns, 'image')}, {shown}", must_succeed=True)
 
 
 def main(argv: list[str] | None = None) -> int:

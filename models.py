@@ -243,7 +243,9 @@ def load_network(path, device="cpu", kinds=(Generator, Discriminator)) -> nn.Mod
         if len(network.classes) != network.config["n_classes"]:
             raise ValueError("each class needs a name")
     except OSError as error:
-        raise BadInput(f"cannot read {str(path)!r} ({error.strerror or error}): name a weight file") from error
+        raise BadInput(
+            f"cannot read {str(path)!r} ({error.strerror or error}): name a weight file or a run's folder"
+        ) from error
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
         kinds = " or ".join(names)
         raise BadInput(f"{str(path)!r} is corrupt, or is not a {kinds} of this project: name another file") from error

@@ -30,10 +30,11 @@ def add_departure_flags(parser: argparse.ArgumentParser) -> None:
     share = number(float, "a number in [0, 1), such as 0.25", lambda value: 0 <= value < 1)
     gamma = number(float, "a number of 0 or more, such as 0.2", lambda value: value >= 0)
     epochs = number(int, "a whole number of 0 or more", lambda value: 0 <= value < 2**31)
+    best = ", ".join(f"--{name} {value}" for name, value in RECIPES["best"].items())
     # fmt: off
     add = parser.add_argument_group("departures from the tutorial").add_argument
-    add("--recipe", choices=list(RECIPES), default="faithful", help="best: a set of these that draws far better digits "
-        "far sooner, with its own --lr, --b1, --b2 and --ema; --recipe best --help shows them")
+    add("--recipe", choices=list(RECIPES), default="faithful", help="best draws far better digits far sooner; it sets "
+        f"{best}; a flag beside it wins")
     add("--class_loss", choices=["softmax_twice", "logits"], default="softmax_twice",
         help="logits: D returns logits, without the softmax before the cross-entropy")
     add("--bn_eps", type=above_0, default=0.8, metavar="X", help="eps of batch norm; PyTorch's own is 0.00001")
@@ -61,7 +62,11 @@ def apply_recipe(parser: argparse.ArgumentParser, argv: list[str]) -> None:
 
 
 def check_departures(opt: argparse.Namespace) -> None:
-    """Raise BadInput for switches that contradict each other."""
+    """Raise BadInput for switches that contradict each other, and for no weights to start from."""
+    if opt.init_from and not opt.init_from.exists():
+        raise BadInput(
+            f"argument --init_from: there is no {str(opt.init_from)!r}: name a run's folder or a weight file"
+        )
     if opt.class_head == "2k" and opt.fake_class_loss == "off":
         raise BadInput("argument --fake_class_loss: off leaves half of --class_head 2k untrained: drop one of the two")
 

@@ -50,6 +50,11 @@ def on_terminal() -> bool:
     return sys.stdout.isatty() and sys.stderr.isatty()
 
 
+def counted(n: int, noun: str) -> str:
+    """Return a number of things in words, such as "1 image" or "60,000 images"."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def announce(line: str) -> None:
     """Write one line for the user to stderr; of several ranks, only rank 0 does."""
     if not rank():

@@ -165,10 +165,6 @@ class Side:
         command = [sys.executable, __file__, "--side", name, "--device", opt.device, "--batches", str(opt.batches)]
         command += ["--workers", str(opt.workers), *["--plain"] * opt.plain, *opt.flags]
         env = os.environ | (AVX2 if opt.isa == "avx2" else {})
-        if name == "ours":
-            command[1:1] = ["-c", f"import runpy, before_torch; runpy.run_path({__file__!r}, run_name='__main__')"]
-            command.remove(__file__)
-            env |= {"PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         self.memory = self.read()["memory"]  # also the end of its warm-up
 

@@ -15,7 +15,7 @@ from torchvision import transforms
 from torchvision.transforms import functional
 from tqdm import tqdm
 
-from utils import MEMORY_SHARE, BadInput, announce, local_ranks, on_terminal
+from utils import MEMORY_SHARE, BadInput, announce, counted, local_ranks, on_terminal
 
 MANY = 2000  # images from which on workers decode a folder
 CHUNK = 64  # images that a worker decodes at a time
@@ -54,7 +54,8 @@ def load_folder(root: Path, img_size: int, workers: int, scratch: Path):
 def find_images(root: Path) -> tuple[list[str], torch.Tensor, list[str]]:
     """Return the paths of all images, their labels, int64 (N,), and the classes' names; hidden ones are skipped."""
     if not os.path.isdir(root):
-        raise BadInput(f"there is no folder {str(root)!r}: name one that holds a folder for each class")
+        what = "is a file" if os.path.exists(root) else "is missing"
+        raise BadInput(f"{str(root)!r} {what}: name a folder that holds a folder for each class")
 
     def fail(error: OSError):
         raise BadInput(f"cannot read {error.filename!r} ({error.strerror}): allow reading it or remove it") from error
@@ -64,7 +65,9 @@ def find_images(root: Path) -> tuple[list[str], torch.Tensor, list[str]]:
     except OSError as error:
         fail(error)
     if len(classes) < 2:
-        raise BadInput(f"{str(root)!r} holds {len(classes)} folders of images: make one for each class, two or more")
+        loose = sum(entry.name.lower().endswith(SUFFIXES) for entry in os.scandir(root))
+        found = counted(len(classes), "folder") + (f" and {counted(loose, 'image')}" if loose else "")
+        raise BadInput(f"{str(root)!r} holds {found}: make a folder of images for each class, two or more")
     paths, labels, seen = [], [], set()
     for label, name in enumerate(classes):
         if not name.isprintable():

@@ -126,7 +126,7 @@ def test_idx_sets_are_read_from_the_files_put_there(name, tmp_path, train):
         assert classes == kind.classes
     flags = ["--dataset", name, "--data_root", tmp_path, "--img_size", 28, "--batch_size", 16, "--seed", 0]
     result = train(*flags, "--max_steps", 2, "--out_dir", tmp_path / "run")
-    assert result.status == 0 and f"Data: {name}, 30 images of 10 classes." in result.err
+    assert result.status == 0 and f"Data: {name}, 30 grey images of 10 classes." in result.err
     assert load_network(tmp_path / "run" / "acgan_gen.pth").classes == classes
 
     packed = (tmp_path / folder / files[1]).read_bytes()

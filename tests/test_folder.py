@@ -41,7 +41,7 @@ def copy(tmp_path):
 def straight(shapes, train, tmp_path_factory):
     out_dir = tmp_path_factory.mktemp("straight")
     result = train(*SMALL, "--data_root", shapes, "--seed", 2, "--max_steps", 20, "--out_dir", out_dir)
-    assert result.status == 0 and "Data: folder, 210 images of 3 classes." in result.err
+    assert result.status == 0 and "Data: folder, 210 colour images of 3 classes." in result.err
     return out_dir
 
 
@@ -72,7 +72,7 @@ def test_names_of_the_classes_reach_the_record_tensorboard_and_generate(straight
     result = call(generate.main, "--labels", "red disc,0", *flags)
     assert result.status == 0 and result.err == f"Weights: {straight / 'acgan_gen_ema.pth'}\n"
     assert Image.open(tmp_path / "a.png").size == (4 * (2 * 18 + 2), 4 * (5 * 18 + 2))
-    assert "5 rows of 2 images, of the classes red disc, " in result.out
+    assert "5 rows of 2 images, of red disc, " in result.out
     line = errors(call(generate.main, "--labels", "red", *flags))
     assert "argument --labels: 'red' is not a class: choose from blue cross, green box, red disc" in line
 

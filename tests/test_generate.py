@@ -42,7 +42,7 @@ def test_picture_shows_the_digits_asked_for(flags, rows, wanted, tmp_path):
     result = call(generate.main, *flags, "--out", tmp_path / "a.png")
     names = ", ".join(str(digit) for digit in wanted)
     assert result.status == 0
-    assert result.out == f"{tmp_path / 'a.png'}: {rows} rows of {len(wanted)} images, of the classes {names}\n"
+    assert result.out == f"{tmp_path / 'a.png'}: {rows} rows of {len(wanted)} images, of {names}\n"
     assert result.err == f"Weights: {BUNDLED_GENERATOR}\n"
     images = cells(tmp_path / "a.png", rows, len(wanted))
     assert len(images.flatten(1).unique(dim=0)) == rows * len(wanted)  # variants, not copies

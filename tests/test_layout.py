@@ -8,7 +8,7 @@ from conftest import ROOT
 COMMANDS = ("acgan", "generate", "evaluate", "train_judge")
 # each floor may import those before it, and itself
 FLOORS = [
-    ("before_torch", "utils"),
+    ("early_interrupt", "utils"),
     ("models",),
     ("drawing",),
     ("data",),

@@ -46,7 +46,7 @@ def straight(start_two, tmp_path_factory):
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert len(out.splitlines()) == 2 and "13" in out  # one rank talks: a line an epoch
-    assert err.count("Data: mnist, 205 images") == 1
+    assert err.count("Data: mnist, 205 grey images") == 1
     return out_dir
 
 

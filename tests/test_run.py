@@ -40,7 +40,7 @@ def test_piped_run_prints_a_line_an_epoch_and_says_what_it_does(epochs_run):
     assert lines == [("1", "3"), ("2", "6"), ("3", "7")]
     assert result.err.splitlines() == [
         "Device: cpu.",
-        "Data: mnist, 60 images of 10 classes.",
+        "Data: mnist, 60 grey images of 10 classes.",
         f"Done: acgan_gen.pth, acgan_dist.pth, acgan_gen_ema.pth and images/film.gif are in {out_dir}",
         f"To draw with them: python generate.py --weights {out_dir}",
     ]

@@ -154,8 +154,8 @@ def start_from(path: Path, *networks: nn.Module) -> None:
         for name in kind.TUTORIAL:
             if source.config[name] != network.config[name]:
                 raise BadInput(f"argument --init_from: the weights of {str(path)!r} are for {name} "
-                               f"{source.config[name]}, not {network.config[name]}: give this run the switches of "
-                               "that one")  # fmt: skip
+                               f"{source.config[name]}, not {network.config[name]}: give this run the --recipe and "
+                               "the switches of that one")  # fmt: skip
         own, theirs = network.state_dict(), source.state_dict()
         fresh = [name for name in own if name not in theirs or theirs[name].shape != own[name].shape]
         network.load_state_dict({name: theirs[name] for name in own if name not in fresh}, strict=False)

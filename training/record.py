@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import torch
@@ -73,7 +74,7 @@ class RunRecord(SilentRecord):
         super().__init__(opt, device, steps_per_epoch, step)
         self.opt, self.out_dir, self.steps_per_epoch = opt, opt.out_dir, steps_per_epoch
         self.best_generator = self.out_dir / run_folder.BEST[0]
-        self.bar, self.warned = None, set()
+        self.bar, self.last_left, self.warned = None, 0.0, set()
         self.out_dir.mkdir(parents=True, exist_ok=True)
         self.lock = run_folder.lock(self.out_dir)
         run_folder.remove_part_files(self.out_dir)
@@ -211,7 +212,9 @@ class RunRecord(SilentRecord):
             self.to_board("flush")
         took = time.monotonic() - self.epoch_start
         if not self.bar.disable:
-            self.bar.leave = took >= 1 or step + 1 == self.opt.total_steps  # short epochs share one line
+            # short epochs share one line a second
+            self.bar.leave = time.monotonic() - self.last_left >= 1 or step + 1 == self.opt.total_steps
+            self.last_left = time.monotonic() if self.bar.leave else self.last_left
             self.show(step, row)
             self.bar.close()
             return
@@ -268,11 +271,11 @@ class RunRecord(SilentRecord):
         """Announce what the run leaves and what to type next."""
         if finished:
             announce(f"Done: {', '.join(run_folder.WEIGHTS)} and images/film.gif are in {self.out_dir.resolve()}")
-            announce(f"To draw with them: python generate.py --weights {self.out_dir}")
+            announce(f"To draw with them: python generate.py --weights {quote(str(self.out_dir))}")
         else:
-            root = f" --data_root {self.opt.data_root}" if self.opt.data_root else ""
+            root = f" --data_root {quote(str(self.opt.data_root))}" if self.opt.data_root else ""
             announce(f"Stopped after batch {self.step + 1:,} of {self.opt.total_steps:,}; to continue: "
-                     f"python acgan.py --resume {self.out_dir}{root}")  # fmt: skip
+                     f"python acgan.py --resume {quote(str(self.out_dir))}{root}")  # fmt: skip
 
 
 class BothNetworks(torch.nn.Module):

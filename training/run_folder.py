@@ -58,7 +58,9 @@ def lock(out_dir: Path):
         file.close()
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
             return None  # a file system without locks
-        raise BadInput(f"argument --out_dir: another run writes to {str(out_dir)!r}: name another folder") from error
+        raise BadInput(
+            f"argument --out_dir: another run writes to {str(out_dir)!r}: stop it, or name another folder"
+        ) from error
     return file
 
 
