@@ -43,8 +43,8 @@ class Generator(nn.Module):
     """G(z | y): draws an image of class y from noise z (tutorial, "生成网络").
 
     `latent_dim` is the length of z and of the label embedding; `img_size` is the image side in pixels, a multiple of 4
-    and at least 16. `conditioning` says how the two meet: "multiply" or "concat". Raises ValueError for a value that
-    cannot work. A weight file records all of them; one that lacks some was trained with those in TUTORIAL.
+    and at least 16. `conditioning` says how the two meet: "multiply", "concat", or "both": their product and the
+    embedding. Raises ValueError for a value that cannot work. A weight file records all of them; one that lacks some was trained with those in TUTORIAL.
     """
 
     TUTORIAL = dict(conditioning="multiply", bn_eps=0.8)
@@ -53,15 +53,16 @@ class Generator(nn.Module):
                  conditioning: str = "multiply", bn_eps: float = 0.8):  # fmt: skip
         super().__init__()
         check_sizes(n_classes=n_classes, latent_dim=latent_dim, img_size=img_size, channels=channels)
-        check_choices(conditioning=(conditioning, ("multiply", "concat")))
+        check_choices(conditioning=(conditioning, ("multiply", "concat", "both")))
         self.config = dict(n_classes=n_classes, latent_dim=latent_dim, img_size=img_size, channels=channels,
                            conditioning=conditioning, bn_eps=bn_eps)  # fmt: skip
         self.classes = [str(label) for label in range(n_classes)]  # the data set's names replace these
 
         self.label_emb = nn.Embedding(n_classes, latent_dim)
         self.init_size = img_size // 4  # side of the first feature map; two upsamplings follow
-        self.multiplies = conditioning == "multiply"
-        self.l1 = nn.Sequential(nn.Linear(latent_dim * (1 if self.multiplies else 2), 128 * self.init_size**2))
+        self.conditioning = conditioning
+        n_inputs = latent_dim if conditioning == "multiply" else 2 * latent_dim
+        self.l1 = nn.Sequential(nn.Linear(n_inputs, 128 * self.init_size**2))
 
         # BatchNorm2d(n, 0.8) sets eps, where momentum was meant: a quirk of the tutorial, kept.
         self.conv_blocks = nn.Sequential(  #            (B, 128, s/4, s/4), s = img_size
@@ -92,7 +93,9 @@ class Generator(nn.Module):
 
     def decode(self, embedding: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Draw images from embedded labels and noise, both float32 (B, latent_dim); returns what forward does."""
-        gen_input = torch.mul(embedding, noise) if self.multiplies else torch.cat([embedding, noise], 1)
+        gen_input = noise if self.conditioning == "concat" else torch.mul(embedding, noise)
+        if self.conditioning != "multiply":
+            gen_input = torch.cat([embedding, gen_input], 1)
         out = self.l1(gen_input)
         out = out.view(out.shape[0], 128, self.init_size, self.init_size)
         return self.conv_blocks(out)

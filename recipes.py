@@ -38,7 +38,8 @@ def add_departure_flags(parser: argparse.ArgumentParser) -> None:
     add("--class_loss", choices=["softmax_twice", "logits"], default="softmax_twice",
         help="logits: D returns logits, without the softmax before the cross-entropy")
     add("--bn_eps", type=above_0, default=0.8, metavar="X", help="eps of batch norm; PyTorch's own is 0.00001")
-    add("--conditioning", choices=["multiply", "concat"], default="multiply", help="how label embedding and noise meet")
+    add("--conditioning", choices=["multiply", "concat", "both"], default="multiply",
+        help="how label embedding and noise meet; both: their product and the embedding")
     add("--fake_class_loss", choices=["on", "off"], default="on", help="whether D learns classes from generated images")
     add("--class_head", choices=["aux", "2k"], default="aux",
         help="2k: one output for each class of real images, and one for each of generated ones")

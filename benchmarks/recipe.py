@@ -46,6 +46,8 @@ VARIANTS = {  # name: batches, flags
     "lr 0.003": (1000, [*BEST, "--lr", "0.003"]),
     "b1 0.5": (1000, [*BEST, "--b1", "0.5"]),
     "bn_eps 0.8": (1000, [*BEST, "--bn_eps", "0.8"]),
+    "both": (1000, [*BEST, "--conditioning", "both"]),
+    "concat": (1000, [*BEST, "--conditioning", "concat"]),
     "ema 0.998": (1000, [*BEST, "--ema", "0.998"]),
     "batch 128": (500, [*BEST, "--batch_size", "128"]),
     "batch 32": (2000, [*BEST, "--batch_size", "32"]),

@@ -84,6 +84,9 @@ def test_concat_gives_the_first_layer_twice_the_inputs():
     inputs = torch.cat([concat.label_emb(labels), z], 1)
     wanted = concat.conv_blocks(concat.l1(inputs).view(3, 128, 8, 8))
     torch.testing.assert_close(concat(z, labels), wanted)
+    both = networks("--conditioning", "both")[0]
+    product = torch.cat([both.label_emb(labels), both.label_emb(labels) * z], 1)
+    torch.testing.assert_close(both(z, labels), both.conv_blocks(both.l1(product).view(3, 128, 8, 8)))
 
 
 def test_twin_head_has_an_output_for_real_and_for_generated_of_each_class():

@@ -58,6 +58,14 @@ def test_parameters_are_equal_after_every_batch_though_images_and_noise_differ(s
     assert hashes == [batch["parameters"] for batch in second] and len(set(hashes)) == STEPS
 
 
+def test_penalised_and_pretrained_runs_keep_the_parameters_equal_too(start_two, tmp_path):
+    process = start_two(tmp_path, "--recipe", "best", "--pretrain_class_head", 1, steps=6)
+    _, err = process.communicate()
+    assert process.returncode == 0 and err.count("Pretrained D's class head") == 1, err
+    first, second = ([note["parameters"] for note in notes] for notes in read_notes(tmp_path))
+    assert len(first) == 6 and first == second
+
+
 def test_shares_are_disjoint_and_cover_the_epoch(straight):
     first, second = read_notes(straight)
     # a whole epoch's last batch is gathered once more, for the real_image grid
