@@ -44,7 +44,8 @@ class Generator(nn.Module):
 
     `latent_dim` is the length of z and of the label embedding; `img_size` is the image side in pixels, a multiple of 4
     and at least 16. `conditioning` says how the two meet: "multiply", "concat", or "both": their product and the
-    embedding. Raises ValueError for a value that cannot work. A weight file records all of them; one that lacks some was trained with those in TUTORIAL.
+    embedding. Raises ValueError for a value that cannot work. A weight file records all of them; one that lacks some
+    was trained with those in TUTORIAL.
     """
 
     TUTORIAL = dict(conditioning="multiply", bn_eps=0.8)

@@ -44,13 +44,14 @@ VARIANTS = {  # name: batches, flags
     "gamma 0.5": (1000, [*BEST, "--r1", "0.5"]),
     "lr 0.001": (1000, [*BEST, "--lr", "0.001"]),
     "lr 0.003": (1000, [*BEST, "--lr", "0.003"]),
-    "b1 0.5": (1000, [*BEST, "--b1", "0.5"]),
-    "bn_eps 0.8": (1000, [*BEST, "--bn_eps", "0.8"]),
     "both": (1000, [*BEST, "--conditioning", "both"]),
+    "both, lr 0.004": (1000, [*BEST, "--conditioning", "both", "--lr", "0.004"]),
+    "lr 0.005": (1000, [*BEST, "--lr", "0.005"]),
+    "bn_eps 0.8, lr 0.003": (1000, [*BEST, "--bn_eps", "0.8", "--lr", "0.003"]),
+    "batch 32, lr 0.003": (2000, [*BEST, "--batch_size", "32", "--lr", "0.003"]),
+    "b1 0.5, lr 0.003": (1000, [*BEST, "--b1", "0.5", "--lr", "0.003"]),
     "concat": (1000, [*BEST, "--conditioning", "concat"]),
     "ema 0.998": (1000, [*BEST, "--ema", "0.998"]),
-    "batch 128": (500, [*BEST, "--batch_size", "128"]),
-    "batch 32": (2000, [*BEST, "--batch_size", "32"]),
 }
 
 
