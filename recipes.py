@@ -19,7 +19,7 @@ DEPARTURES = ("recipe", "class_loss", "bn_eps", "conditioning", "fake_class_loss
 RECIPES = {
     "faithful": {},
     "best": dict(class_loss="logits", bn_eps=1e-5, class_head="2k", d_norm="none", d_dropout=0.0, r1=0.2,
-                 lr_schedule="linear", lr=0.002, b1=0.0, b2=0.99, ema=0.999),
+                 lr_schedule="linear", lr=0.003, b1=0.0, b2=0.99, ema=0.999),
 }
 # fmt: on
 

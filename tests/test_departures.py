@@ -1,5 +1,6 @@
 """The departures from the tutorial: each switch changes what it should, in every kind of run, and nothing else."""
 
+import json
 import re
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import assert_same_run, call, errors, read_rows
 
 import acgan
 import generate
+from benchmarks import recipe
 from data.batches import Batches
 from models import Discriminator, Generator, load_network
 from recipes import DEPARTURES, RECIPES, build_networks, build_objective
@@ -227,3 +229,16 @@ def test_networks_of_the_best_recipe_are_no_larger_than_the_tutorials_but_for_th
     assert sum(p.numel() for p in generator.parameters()) == sum(p.numel() for p in Generator().parameters())
     heads = discriminator.aux_layer[0].out_features
     assert heads == 20
+
+
+def test_rows_of_the_search_make_a_table_and_a_cut_one_is_left_out(tmp_path):
+    scores = dict(agreement=0.5, fid=1.0, coverage=0.5, ms_ssim=0.4)
+    rows = [dict(name="a", seed=seed, batches=1000, cas=cas, **scores) for seed, cas in [(0, 0.9), (1, 0.8)]]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows) + '\n{"name": "b", "se')
+    assert recipe.read_rows(path) == rows
+    assert recipe.table(rows).splitlines()[-1] == (
+        "| a | 1,000 | 2 | 0.500 | 1.000 | 0.500 | 0.850 | 0.400 | 0.800 to 0.900 |"
+    )
+    names = {row["name"] for row in recipe.read_rows(recipe.ROWS)}
+    assert names and names <= set(recipe.VARIANTS)  # each committed row has its command
