@@ -33,8 +33,8 @@ def add_departure_flags(parser: argparse.ArgumentParser) -> None:
     best = ", ".join(f"--{name} {value}" for name, value in RECIPES["best"].items())
     # fmt: off
     add = parser.add_argument_group("departures from the tutorial").add_argument
-    add("--recipe", choices=list(RECIPES), default="faithful", help="best draws far better digits far sooner; it sets "
-        f"{best}; a flag beside it wins")
+    add("--recipe", choices=list(RECIPES), default="faithful", help="best: far better digits after 1,000 batches; it "
+        f"sets {best}; a flag beside it wins")
     add("--class_loss", choices=["softmax_twice", "logits"], default="softmax_twice",
         help="logits: D returns logits, without the softmax before the cross-entropy")
     add("--bn_eps", type=above_0, default=0.8, metavar="X", help="eps of batch norm; PyTorch's own is 0.00001")
