@@ -275,7 +275,8 @@ def main() -> None:
 
     per_second = {name: [opt.batches / seconds for seconds in values] for name, values in times.items()}
     ratios = [a / b for a, b in zip(times["tutorial"], times["ours"], strict=True)]
-    step, rate = multiply_adds(), statistics.median(rates)
+    # this process has all instructions, so for an emulated set the floor is unknown
+    step, rate = multiply_adds(), statistics.median(rates) if opt.isa == "native" else float("nan")
     result = {
         "machine": torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores, {cpu_name()}",
         "python": platform.python_version(),
