@@ -48,13 +48,13 @@ CONTINUED = ("n_epochs", "sample_interval", "log_interval", "checkpoint_interval
 
 
 def train_step(generator, discriminator, optimizer_G, optimizer_D, real_imgs, labels, z, gen_labels,
-               terms=departures.Objective(), penalty=None):  # fmt: skip # noqa: B008 (it cannot change)
+               objective=departures.Objective(), penalty=None):  # fmt: skip # noqa: B008 (it cannot change)
     """Update D once, then G once, on one batch (tutorial, "训练过程").
 
     Args:
         real_imgs, labels: real images, float32 (B, C, H, W) in [-1, 1], and their classes, int64 (B,).
         z, gen_labels: noise, float32 (B, latent_dim), and the classes to draw, int64 (B,).
-        terms: the terms of both losses; by default the tutorial's.
+        objective: the terms of both losses; by default the tutorial's.
         penalty: what D's loss gets besides, as a function of the real images; None in the tutorial.
 
     Returns:
@@ -71,11 +71,11 @@ def train_step(generator, discriminator, optimizer_G, optimizer_D, real_imgs, la
     optimizer_D.zero_grad()
 
     real_pred, real_aux = discriminator(real_imgs)  # (B, 1), (B, n_classes)
-    d_real_adv, d_real_aux = terms.adversarial(real_pred, valid), terms.real_class(real_aux, labels)
+    d_real_adv, d_real_aux = objective.adversarial(real_pred, valid), objective.real_class(real_aux, labels)
     d_real_loss = (d_real_adv + d_real_aux) / 2
 
     fake_pred, fake_aux = discriminator(gen_imgs.detach())
-    d_fake_adv, d_fake_aux = terms.adversarial(fake_pred, fake), terms.fake_class(fake_aux, gen_labels)
+    d_fake_adv, d_fake_aux = objective.adversarial(fake_pred, fake), objective.fake_class(fake_aux, gen_labels)
     d_fake_loss = (d_fake_adv + d_fake_aux) / 2
 
     d_loss = (d_real_loss + d_fake_loss) / 2
@@ -88,14 +88,14 @@ def train_step(generator, discriminator, optimizer_G, optimizer_D, real_imgs, la
     optimizer_G.zero_grad()
 
     validity, pred_label = discriminator(gen_imgs)
-    g_adv, g_aux = terms.adversarial(validity, valid), terms.generator_class(pred_label, gen_labels)
+    g_adv, g_aux = objective.adversarial(validity, valid), objective.generator_class(pred_label, gen_labels)
 
     g_loss = (g_adv + g_aux) / 2
     g_loss.backward()
     optimizer_G.step()
 
-    d_acc_real = (terms.recognised(real_aux) == labels).float().mean()
-    d_acc_fake = (terms.recognised(fake_aux) == gen_labels).float().mean()
+    d_acc_real = (objective.recognised(real_aux) == labels).float().mean()
+    d_acc_fake = (objective.recognised(fake_aux) == gen_labels).float().mean()
     metrics = dict(
         d_loss=d_loss, d_real_adv=d_real_adv, d_real_aux=d_real_aux, d_fake_adv=d_fake_adv, d_fake_aux=d_fake_aux,
         g_loss=g_loss, g_adv=g_adv, g_aux=g_aux,

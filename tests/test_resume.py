@@ -185,6 +185,7 @@ CRAFTED = {
     "an option out of its range": lambda packed: packed["options"].update(b1=7.0),
     "options that are none": lambda packed: packed.update(options=[1, 2]),
     "an option that is a tensor": lambda packed: packed["options"].update(world_size=torch.tensor([1, 2])),
+    "a schedule without a length": lambda packed: packed["options"].update(lr_schedule="linear", schedule_steps=0),
     "no latent_dim": lambda packed: packed["options"].update(latent_dim=None),
     "finished in two ways": lambda packed: packed.update(finished=torch.tensor([1, 2])),
     "threads in two ways": lambda packed: packed["random"].update(threads=torch.tensor([1, 2])),

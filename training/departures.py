@@ -13,10 +13,11 @@ from torch import nn
 from tqdm import tqdm
 
 from models import Discriminator, Generator, load_network
+from training.run_folder import WEIGHTS
 from utils import BadInput, Diverged, announce, on_terminal
 
 R1_EVERY = 4  # batches; the penalty is multiplied by as much
-WEIGHTS = {Generator: "acgan_gen.pth", Discriminator: "acgan_dist.pth"}  # of a run's folder
+WEIGHTS_OF = dict(zip((Generator, Discriminator), WEIGHTS, strict=False))  # in a run's folder
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ def set_schedule(opt, checkpoint: dict | None) -> None:
     Raises BadInput if the run would go on after its rate has reached 0.
     """
     opt.schedule_steps = checkpoint["options"].get("schedule_steps", opt.total_steps) if checkpoint else opt.total_steps
+    if type(opt.schedule_steps) is not int or opt.schedule_steps < 1:
+        raise BadInput("argument --resume: the checkpoint is corrupt, as its schedule has no length: name another run")
     if opt.lr_schedule == "linear" and opt.total_steps > opt.schedule_steps:
         raise BadInput(f"argument --lr_schedule: the rate of this run is 0 after batch {opt.schedule_steps:,}: lower "
                        "--n_epochs or --max_steps, or start another run with --init_from")  # fmt: skip
@@ -148,7 +151,7 @@ def start_from(path: Path, *networks: nn.Module) -> None:
     for network in networks:
         kind = type(network)
         if os.path.isdir(path):
-            source = load_network(path / WEIGHTS[kind], kinds=(kind,))
+            source = load_network(path / WEIGHTS_OF[kind], kinds=(kind,))
         elif type(source := load_network(path)) is not kind:
             continue
         for name in kind.TUTORIAL:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import BadInput, Diverged, rank
+from utils import BadInput, Diverged, local_ranks, rank
 
 
 class LostRank(Exception):
@@ -33,7 +33,7 @@ class Ranks:
             return
         local = int(os.environ["LOCAL_RANK"])
         if device.type == "cuda":
-            if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            if local_ranks() > torch.cuda.device_count():
                 raise BadInput(f"torchrun: this machine has {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
