@@ -1,7 +1,7 @@
 """The departures from the tutorial: their flags, named sets of them, and the networks and losses that options ask for.
 
-training/departures.py has their mathematics. Every default is the tutorial's way. `--recipe NAME` sets other defaults; a
-single flag given beside it wins.
+training/departures.py has their mathematics. Every default is the tutorial's way. `--recipe NAME` sets other defaults;
+a single flag given beside it wins.
 """
 
 import argparse
