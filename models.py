@@ -102,25 +102,47 @@ class Generator(nn.Module):
         return self.conv_blocks(out)
 
 
+class DeviationLinear(nn.Linear):
+    """A linear layer that also takes each feature's standard deviation within a group of images.
+
+    So D sees whether generated images are too much alike: minibatch deviation, arXiv:1710.10196, feature by feature. A
+    group is GROUP images in a row; in a batch that is no multiple of it, all images.
+    """
+
+    GROUP = 4
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(2 * in_features, out_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map float (B, in_features) to (B, out_features)."""
+        group = len(x) if len(x) % self.GROUP else self.GROUP
+        deviation = torch.sqrt(x.view(-1, group, x.shape[1]).var(1, unbiased=False) + 1e-8)  # its slope at 0 is finite
+        return super().forward(torch.cat([x, deviation.repeat_interleave(group, 0)], 1))
+
+
 class Discriminator(nn.Module):
     """D(x): is the image real, and which class does it show? (tutorial, "判别网络").
 
     Sizes are those of Generator. `norm` is "batch" or "none", `dropout` the share of the channels in [0, 1). `outputs`
     are "probabilities", or the "logits" that they are made of. `class_head` "2k" has n_classes more outputs, for the
-    classes of generated images. Weight files record all, as those of Generator do.
+    classes of generated images. `width` multiplies the channels of each layer. With `deviation` the validity also
+    depends on how much neighbours in the batch differ. Weight files record all, as those of Generator do.
     """
 
-    TUTORIAL = dict(norm="batch", bn_eps=0.8, dropout=0.25, outputs="probabilities", class_head="aux")
+    TUTORIAL = dict(norm="batch", bn_eps=0.8, dropout=0.25, outputs="probabilities", class_head="aux", width=1,
+                    deviation=False)  # fmt: skip
 
     def __init__(self, n_classes: int = 10, img_size: int = 32, channels: int = 1, norm: str = "batch",
                  bn_eps: float = 0.8, dropout: float = 0.25, outputs: str = "probabilities",
-                 class_head: str = "aux"):  # fmt: skip
+                 class_head: str = "aux", width: int = 1, deviation: bool = False):  # fmt: skip
         super().__init__()
-        check_sizes(n_classes=n_classes, img_size=img_size, channels=channels)
+        check_sizes(n_classes=n_classes, img_size=img_size, channels=channels, width=width)
         check_choices(norm=(norm, ("batch", "none")), outputs=(outputs, ("probabilities", "logits")),
                       class_head=(class_head, ("aux", "2k")))  # fmt: skip
         self.config = dict(n_classes=n_classes, img_size=img_size, channels=channels, norm=norm, bn_eps=bn_eps,
-                           dropout=dropout, outputs=outputs, class_head=class_head)  # fmt: skip
+                           dropout=dropout, outputs=outputs, class_head=class_head, width=width,
+                           deviation=deviation)  # fmt: skip
         self.classes = [str(label) for label in range(n_classes)]  # the data set's names replace these
 
         def discriminator_block(in_filters, out_filters, bn=True):
@@ -134,18 +156,19 @@ class Discriminator(nn.Module):
                 block.append(nn.BatchNorm2d(out_filters, bn_eps))  # the tutorial's 0.8 is eps here too
             return block
 
-        self.conv_blocks = nn.Sequential(  #             (B, channels, s, s), s = img_size
-            *discriminator_block(channels, 16, bn=False),  # (B, 16, s/2, s/2)
-            *discriminator_block(16, 32),  #                (B, 32, s/4, s/4)
-            *discriminator_block(32, 64),  #                (B, 64, s/8, s/8)
-            *discriminator_block(64, 128),  #               (B, 128, s/16, s/16)
+        self.conv_blocks = nn.Sequential(  #                         (B, channels, s, s), s = img_size
+            *discriminator_block(channels, 16 * width, bn=False),  # (B, 16 * width, s/2, s/2)
+            *discriminator_block(16 * width, 32 * width),  #         (B, 32 * width, s/4, s/4)
+            *discriminator_block(32 * width, 64 * width),  #         (B, 64 * width, s/8, s/8)
+            *discriminator_block(64 * width, 128 * width),  #        (B, 128 * width, s/16, s/16)
         )
 
         # Each convolution rounds an odd side up, so 28 ends at 2; for multiples of 16 it is img_size / 16.
         ds_size = -(-img_size // 16)
-        self.adv_layer = nn.Sequential(nn.Linear(128 * ds_size**2, 1), nn.Sigmoid())
+        n_features = 128 * width * ds_size**2
+        self.adv_layer = nn.Sequential((DeviationLinear if deviation else nn.Linear)(n_features, 1), nn.Sigmoid())
         n_labels = n_classes * (2 if class_head == "2k" else 1)
-        self.aux_layer = nn.Sequential(nn.Linear(128 * ds_size**2, n_labels), nn.Softmax(dim=1))
+        self.aux_layer = nn.Sequential(nn.Linear(n_features, n_labels), nn.Softmax(dim=1))
         if outputs == "logits":
             self.adv_layer[1] = self.aux_layer[1] = nn.Identity()
 
@@ -157,7 +180,7 @@ class Discriminator(nn.Module):
             label: class probabilities, float32 (B, n_classes) or (B, 2 * n_classes), each row sums to 1;
             or both as logits, of any value.
         """
-        out = self.conv_blocks(img).flatten(1)  # (B, 128 * ds_size**2)
+        out = self.conv_blocks(img).flatten(1)  # (B, n_features)
         validity = self.adv_layer(out)
         label = self.aux_layer(out)
         return validity, label

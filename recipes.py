@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from cli import number
+from cli import COUNT, number
 from models import Discriminator, Generator, weights_init_normal
 from training.departures import Objective, start_from
 from utils import BadInput
 
 # fmt: off
 DEPARTURES = ("recipe", "class_loss", "bn_eps", "conditioning", "fake_class_loss", "class_head", "d_norm", "d_dropout",
-              "r1", "pretrain_class_head", "lr_schedule")
+              "d_width", "d_deviation", "r1", "pretrain_class_head", "lr_schedule")
 RECIPES = {
     "faithful": {},
     "best": dict(class_loss="logits", bn_eps=1e-5, class_head="2k", d_norm="none", d_dropout=0.0, r1=0.2,
@@ -46,6 +46,9 @@ def add_departure_flags(parser: argparse.ArgumentParser) -> None:
         help="2k: one output for each class of real images, and one for each of generated ones")
     add("--d_norm", choices=["batch", "none"], default="batch", help="batch norm in D")
     add("--d_dropout", type=share, default=0.25, metavar="P", help="share of D's channels that are dropped, in [0, 1)")
+    add("--d_width", type=COUNT, default=1, metavar="N", help="multiplies the channels of each layer of D")
+    add("--d_deviation", choices=["on", "off"], default="off",
+        help="on: D's validity also takes each feature's deviation within groups of 4 images")
     add("--r1", type=gamma, default=0.0, metavar="GAMMA", help="R1 penalty on D's gradient at real images; 0: none")
     add("--pretrain_class_head", type=epochs, default=0, metavar="N",
         help="epochs in which D's class head first learns the real images alone")
@@ -78,7 +81,7 @@ def build_networks(opt: argparse.Namespace, device: torch.device):
     outputs = "logits" if opt.class_loss == "logits" else "probabilities"
     generator = Generator(opt.n_classes, opt.latent_dim, opt.img_size, opt.channels, opt.conditioning, opt.bn_eps)
     discriminator = Discriminator(opt.n_classes, opt.img_size, opt.channels, opt.d_norm, opt.bn_eps, opt.d_dropout,
-                                  outputs, opt.class_head)  # fmt: skip
+                                  outputs, opt.class_head, opt.d_width, opt.d_deviation == "on")  # fmt: skip
     generator.classes = discriminator.classes = opt.classes
     labels, z = torch.randint(opt.n_classes, (1,)), torch.randn(1, opt.latent_dim)  # labels first
     img = torch.randn(1, opt.channels, opt.img_size, opt.img_size)

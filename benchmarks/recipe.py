@@ -16,20 +16,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import acgan  # noqa: E402 (needs the path above)
+import recipes  # noqa: E402
 from data import load_dataset  # noqa: E402
 from drawing import draw_set  # noqa: E402
 from evaluation.judge import load_judge, train_classifier  # noqa: E402
 from evaluation.scorecard import Counts, score, show_to  # noqa: E402
-from models import load_network, save_network  # noqa: E402
+from models import Discriminator, load_network, save_network  # noqa: E402
 from training import departures  # noqa: E402
 from training.speed import tune_process  # noqa: E402
 
@@ -42,6 +45,7 @@ PROTOTYPE = shlex.split(
     "--class_loss logits --bn_eps 0.00001 --class_head 2k --d_norm none --d_dropout 0 --r1 0.2 --lr_schedule linear "
     "--lr 0.002 --b1 0 --b2 0.99 --ema 0.999"
 )
+BOTH = [*PROTOTYPE, "--conditioning", "both", "--lr", "0.004"]
 VARIANTS = {  # name: batches, flags
     "faithful": (1000, []),
     "prototype": (1000, PROTOTYPE),
@@ -62,6 +66,15 @@ VARIANTS = {  # name: batches, flags
     "b1 0.5, lr 0.003": (1000, [*PROTOTYPE, "--b1", "0.5", "--lr", "0.003"]),
     "concat": (1000, [*PROTOTYPE, "--conditioning", "concat"]),
     "ema 0.998": (1000, [*PROTOTYPE, "--ema", "0.998"]),
+    "both, wide D": (1000, [*BOTH, "--d_width", "2"]),
+    "both, D 4 times as wide": (1000, [*BOTH, "--d_width", "4"]),
+    "wide D, lr 0.003": (1000, [*PROTOTYPE, "--lr", "0.003", "--d_width", "2"]),
+    "both, dropout 0.1": (1000, [*BOTH, "--d_dropout", "0.1"]),
+    "both, minibatch deviation, 2000": (2000, [*BOTH, "--d_deviation", "on"]),
+    "both, minibatch deviation, lr 0.003": (1000, [*BOTH, "--d_deviation", "on", "--lr", "0.003"]),
+    "both, shifts": (1000, [*BOTH]),
+    "both, minibatch deviation": (1000, [*BOTH, "--d_deviation", "on"]),
+    "both, wide D, minibatch deviation": (1000, [*BOTH, "--d_width", "2", "--d_deviation", "on"]),
 }
 
 
@@ -71,7 +84,35 @@ def half_class_term() -> None:
     departures.Objective.generator_class = lambda *inputs: whole(*inputs) / 2
 
 
-CHANGES = {"both, lr 0.004, half class term": half_class_term}  # ideas without a flag
+class ShiftingDiscriminator(Discriminator):
+    """D that sees each image shifted by up to 2 pixels each way, as in DiffAugment (arXiv:2006.10738)."""
+
+    def trunk(self, img):
+        size, side = len(img), img.shape[-1]
+        for axis in (2, 3):
+            shift = torch.randint(-2, 3, (size, 1), device=img.device)
+            places = (torch.arange(side, device=img.device) + shift).clamp(0, side - 1)  # the border is black
+            places = places.view(size, 1, side, 1) if axis == 2 else places.view(size, 1, 1, side)
+            img = img.gather(axis, places.expand(size, img.shape[1], side, side))
+        return self.conv_blocks(img).flatten(1)
+
+    def forward(self, img):
+        out = self.trunk(img)
+        return self.adv_layer(out), self.aux_layer(out)
+
+    def validity_logit(self, img):
+        return self.adv_layer[0](self.trunk(img))
+
+
+def with_discriminator(kind: type) -> Callable[[], None]:
+    """Return a change that trains with a D of this kind."""
+    return lambda: setattr(recipes, "Discriminator", kind)
+
+
+CHANGES = {  # ideas without a flag
+    "both, lr 0.004, half class term": half_class_term,
+    "both, shifts": with_discriminator(ShiftingDiscriminator),
+}
 
 
 def first_digits(name, data_root, img_size, *args, **kwargs):

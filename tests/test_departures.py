@@ -27,6 +27,8 @@ SWITCHES = [  # every one of them away from the tutorial
     ["--class_head", "2k"],
     ["--d_norm", "none"],
     ["--d_dropout", 0],
+    ["--d_width", 2],
+    ["--d_deviation", "on"],
     ["--r1", 0.2],
     ["--pretrain_class_head", 1],
     ["--lr_schedule", "linear"],
@@ -89,6 +91,30 @@ def test_concat_gives_the_first_layer_twice_the_inputs():
     both = networks("--conditioning", "both")[0]
     product = torch.cat([both.label_emb(labels), both.label_emb(labels) * z], 1)
     torch.testing.assert_close(both(z, labels), both.conv_blocks(both.l1(product).view(3, 128, 8, 8)))
+
+
+def test_width_multiplies_the_channels_of_the_discriminator_alone():
+    generator, discriminator = networks("--d_width", 3)
+    convolutions = [layer for layer in discriminator.modules() if isinstance(layer, torch.nn.Conv2d)]
+    assert [layer.out_channels for layer in convolutions] == [48, 96, 192, 384]
+    assert [tuple(output.shape) for output in discriminator(torch.randn(2, 1, 32, 32))] == [(2, 1), (2, 10)]
+    assert generator.config == networks()[0].config
+
+
+def test_deviation_of_a_group_of_images_changes_their_validity_alone():
+    discriminator = networks("--d_deviation", "on", "--d_dropout", 0, "--d_norm", "none")[1]
+    imgs = torch.randn(8, 1, 32, 32)
+    features = discriminator.conv_blocks(imgs).flatten(1)
+    deviation = torch.cat([group.std(0, unbiased=False).expand(4, -1) for group in features.split(4)])
+    layer = discriminator.adv_layer[0]
+    wanted = torch.cat([features, deviation], 1) @ layer.weight.T + layer.bias
+    torch.testing.assert_close(discriminator.validity_logit(imgs), wanted, atol=1e-4, rtol=1e-4)
+    (validity, label), (short, short_label) = discriminator(imgs), discriminator(imgs[:3])
+    assert len(short) == 3 and not torch.allclose(short, validity[:3])  # three images are one group
+    torch.testing.assert_close(short_label, label[:3])
+    alike = imgs[:1].expand(4, -1, -1, -1).clone().requires_grad_()
+    discriminator(alike)[0].sum().backward()
+    assert alike.grad.isfinite().all()
 
 
 def test_twin_head_has_an_output_for_real_and_for_generated_of_each_class():
