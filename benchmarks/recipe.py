@@ -20,7 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
