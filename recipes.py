@@ -19,8 +19,8 @@ DEPARTURES = ("recipe", "class_loss", "bn_eps", "conditioning", "fake_class_loss
               "d_width", "d_deviation", "r1", "pretrain_class_head", "lr_schedule")
 RECIPES = {
     "faithful": {},
-    "best": dict(class_loss="logits", bn_eps=1e-5, class_head="2k", d_norm="none", d_dropout=0.0, r1=0.2,
-                 lr_schedule="linear", lr=0.003, b1=0.0, b2=0.99, ema=0.999),
+    "best": dict(class_loss="logits", bn_eps=1e-5, conditioning="both", class_head="2k", d_norm="none", d_dropout=0.0,
+                 d_deviation="on", r1=0.2, lr_schedule="linear", lr=0.004, b1=0.0, b2=0.99, ema=0.999),
 }
 # fmt: on
 
