@@ -222,11 +222,13 @@ def test_recipe_sets_defaults_and_a_flag_beside_it_wins():
 
 
 def test_compiled_penalised_run_equals_an_eager_one(train, tmp_path):
-    flags = [*SMALL, "--recipe", "best", "--max_steps", 6]
+    flags = [*SMALL, "--recipe", "best", "--lr", 0.0002, "--max_steps", 6]  # at the recipe's own, rounding grows fast
     for how in ("on", "off"):
         assert train(*flags, "--compile", how, "--out_dir", tmp_path / how).status == 0
     ours, theirs = (read_rows(tmp_path / how) for how in ("on", "off"))
-    assert [row["g_loss"] for row in ours] == pytest.approx([row["g_loss"] for row in theirs], rel=1e-4)
+    for name in ("d_loss", "g_loss", "d_penalty"):
+        wanted = [row.get(name, 0) for row in theirs]
+        assert [row.get(name, 0) for row in ours] == pytest.approx(wanted, rel=1e-5)
     assert ["d_penalty" in row for row in ours] == [True, False, False, False, True, False]
 
 
