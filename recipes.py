@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from cli import COUNT, number
-from models import Discriminator, Generator, weights_init_normal
+from models import DeviationLinear, Discriminator, Generator, weights_init_normal
 from training.departures import Objective, start_from
 from utils import BadInput
 
@@ -48,7 +48,7 @@ def add_departure_flags(parser: argparse.ArgumentParser) -> None:
     add("--d_dropout", type=share, default=0.25, metavar="P", help="share of D's channels that are dropped, in [0, 1)")
     add("--d_width", type=COUNT, default=1, metavar="N", help="multiplies the channels of each layer of D")
     add("--d_deviation", choices=["on", "off"], default="off",
-        help="on: D's validity also takes each feature's deviation within groups of 4 images")
+        help=f"on: D's validity also takes each feature's deviation within groups of {DeviationLinear.GROUP} images")
     add("--r1", type=gamma, default=0.0, metavar="GAMMA", help="R1 penalty on D's gradient at real images; 0: none")
     add("--pretrain_class_head", type=epochs, default=0, metavar="N",
         help="epochs in which D's class head first learns the real images alone")
