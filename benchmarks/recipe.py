@@ -9,10 +9,8 @@ are many times slower.
 """
 
 import argparse
-import json
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,20 +18,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import acgan  # noqa: E402 (needs the path above)
-import recipes  # noqa: E402
-from data import load_dataset  # noqa: E402
-from drawing import draw_set  # noqa: E402
-from evaluation.judge import load_judge, train_classifier  # noqa: E402
-from evaluation.scorecard import Counts, score, show_to  # noqa: E402
-from models import Discriminator, load_network, save_network  # noqa: E402
-from training import departures  # noqa: E402
-from training.speed import tune_process  # noqa: E402
+import acgan
+import recipes
+from benchmarks.cells import ROOT, append_rows, read_rows, run_cells
+from data import load_dataset
+from drawing import draw_set
+from evaluation.judge import load_judge, train_classifier
+from evaluation.metrics import show_to
+from evaluation.scorecard import Counts, score
+from models import Discriminator, load_network, save_network
+from training import departures
+from training.speed import tune_process
 
 ROWS = ROOT / "benchmarks" / "recipe.jsonl"
 TRAINED = 50_000  # digits; the rest of the 60,000 is for the scores
@@ -130,7 +126,7 @@ def held_out_judge(path: Path, data):
 
 
 def run_cell(name: str, seed: int, judge_path: Path) -> None:
-    """Train and score one cell in this process, and print its row as the last line."""
+    """Train and score one cell in this process, and append its row."""
     batches, flags = VARIANTS[name]
     acgan.load_dataset = first_digits
     CHANGES.get(name, lambda: None)()
@@ -152,18 +148,7 @@ def run_cell(name: str, seed: int, judge_path: Path) -> None:
     scores["worst_coverage"] = min(row["coverage"] for row in by_class)
     scores = {key: round(value, 5) for key, value in scores.items()}
     row = dict(name=name, seed=seed, batches=batches, flags=flags, seconds=round(seconds, 1), **scores)
-    print(json.dumps(row), flush=True)
-
-
-def read_rows(path: Path) -> list[dict]:
-    """Return the rows that are whole."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue  # cut off by a kill
-    return rows
+    append_rows(ROWS, [row])
 
 
 def table(rows: list[dict]) -> str:
@@ -196,13 +181,7 @@ def main() -> None:
     names = opt.only or list(VARIANTS)
     done = {(row["name"], row["seed"]) for row in read_rows(ROWS)}
     cells = [(name, seed) for seed in range(opt.seeds) for name in names if (name, seed) not in done]
-    for name, seed in tqdm(cells, unit="cell"):  # all variants of seed 0 first
-        command = [sys.executable, "-m", "benchmarks.recipe", "--judge", opt.judge, "--cell", name, str(seed)]
-        result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        if result.returncode:
-            raise SystemExit(f"recipe.py: error: {name}, seed {seed} ended with status {result.returncode}")
-        with open(ROWS, "a") as file:
-            file.write(result.stdout.splitlines()[-1] + "\n")
+    run_cells("recipe", cells, "--judge", opt.judge)  # all variants of seed 0 first
 
 
 if __name__ == "__main__":
