@@ -1,11 +1,16 @@
 """Studies of many short runs: a JSON line a row; what has its rows is skipped, so a study goes on after a kill."""
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
+
+import acgan
+from models import save_network, update_ema
+from training.checkpoint import NEWEST
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,3 +48,37 @@ def run_cells(module: str, cells: list[tuple], *arguments) -> None:
         if status:
             name = ", ".join(str(part) for part in cell)
             raise SystemExit(f"{module}.py: error: {name} ended with status {status}; what is done is kept")
+
+
+def train_cell(flags: list[str], seed: int, points: tuple[int, ...], folder: Path) -> None:
+    """Train, or go on training, a run in `folder` to the last of `points`, numbers of batches.
+
+    After each of them the EMA and G are written there, as ema_POINT.pth and raw_POINT.pth.
+    """
+
+    def update_and_keep(ema, generator, decay, steps):
+        update_ema(ema, generator, decay, steps)
+        if steps in points:
+            for which, network in (("ema", ema), ("raw", generator)):
+                save_network(folder / f"{which}_{steps}.pth", network)
+
+    if all((folder / f"{which}_{point}.pth").exists() for which in ("ema", "raw") for point in points):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    acgan.update_ema = update_and_keep
+    if (folder / NEWEST).exists():
+        argv = ["--resume", folder]
+    else:
+        argv = ["--out_dir", folder, "--seed", seed, "--sample_interval", 100_000, "--compile", "on", *flags]
+    if status := acgan.main([str(word) for word in [*argv, "--max_steps", points[-1]]]):
+        sys.exit(status)
+
+
+def mean_and_interval(values: list[float]) -> tuple[float, float | None]:
+    """Return the mean, and half the width of its 95 % interval by Student's t; None for a single value."""
+    from scipy import stats  # in requirements-eval.txt, as matplotlib
+
+    if len(values) < 2:
+        return statistics.mean(values), None
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values), float(half)

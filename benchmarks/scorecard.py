@@ -1,40 +1,74 @@
-"""Are the bundled weights what weights/scorecard.json says? Scores them as evaluate.py does, about a minute.
+"""Are the bundled weights what weights/scorecard.json says? Scores both as evaluate.py does, two minutes.
 
-python benchmarks/scorecard.py            # compare, with tolerances for other processors; exit status 1 if they differ
-python benchmarks/scorecard.py --write    # write the file
+python -m benchmarks.scorecard            # compare, with tolerances for other processors; exit status 1 if they differ
+python -m benchmarks.scorecard --write    # write the file
+python -m benchmarks.scorecard --table    # the tables of docs/results.md, from the file
 """
 
 import argparse
 import json
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.cells import ROOT
+from evaluation.scorecard import ROWS
+
 COMMITTED = ROOT / "weights" / "scorecard.json"
+WEIGHTS = ("weights/acgan_gen.pth", "weights/best.pth")
 TOLERANCE = {"agreement": 0.002, "cas": 0.01}  # shares; other processors train CAS otherwise
 RELATIVE = 0.02  # of the other scores
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="write the file (default: compare with it)")
-    opt = parser.parse_args()
-    command = [sys.executable, ROOT / "evaluate.py", "--json", "--device", "cpu"]
-    card = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    card["weights"] = Path(card["weights"]).relative_to(ROOT).as_posix()
-    if opt.write:
-        COMMITTED.write_text(json.dumps(card, indent=2) + "\n")
-        return 0
-    committed, differing = json.loads(COMMITTED.read_text()), 0
+def score(weights: str) -> dict:
+    """Return the scorecard of evaluate.py."""
+    command = [sys.executable, "evaluate.py", "--json", "--device", "cpu", "--weights", weights]
+    return json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def compare(card: dict, committed: dict) -> int:
+    """Print each score beside the committed one; return how many differ."""
+    differing = 0
     for name, pair in card["scores"].items():
         for who, value in pair.items():
             wanted = committed["scores"][name][who]
             fits = abs(value - wanted) <= TOLERANCE.get(name, RELATIVE * abs(wanted))
             differing += not fits
-            print(f"{name:12}{who:12}{wanted:10.4f}{value:10.4f}  {'' if fits else 'DIFFERS'}")
-    print(f"{differing} scores differ; warnings: {card['warnings']}")
-    return int(differing > 0 or card["warnings"] != committed["warnings"])
+            print(f"{name:20}{who:12}{wanted:10.4f}{value:10.4f}  {'' if fits else 'DIFFERS'}")
+    return differing + (card["warnings"] != committed["warnings"])
+
+
+def table(cards: dict[str, dict]) -> str:
+    """Return both weights beside real digits, and coverage and MS-SSIM by class, as Markdown."""
+    ours = list(cards.values())
+    lines = [f"| | good | {' | '.join(cards)} | real digits |", "| --- " * (len(cards) + 3) + "|"]
+    for key, name, good, form in ROWS:
+        values = [card["scores"][key]["generated"] for card in ours] + [ours[0]["scores"][key]["real"]]
+        lines.append(f"| {name.strip()} | {good} | {' | '.join(form.format(value) for value in values)} |")
+    lines += ["", f"| class | {' | '.join(ours[0]['by_class'])} |", "| --- " * (len(ours[0]["by_class"]) + 1) + "|"]
+    for key in ("coverage", "ms_ssim"):
+        for who, rows in [*((name, card["by_class"]) for name, card in cards.items()), ("real", ours[0]["by_class"])]:
+            whose = "real" if who == "real" else "generated"
+            cells = [f"{row[key][whose]:.3f}" for row in rows.values()]
+            lines.append(f"| {key.replace('ms_ssim', 'MS-SSIM')}, {who} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="write the file (default: compare with it)")
+    parser.add_argument("--table", action="store_true", help="print the file as Markdown, and score nothing")
+    opt = parser.parse_args()
+    if opt.table:
+        print(table(json.loads(COMMITTED.read_text())))
+        return 0
+    cards = {weights: score(weights) for weights in WEIGHTS}
+    if opt.write:
+        COMMITTED.write_text(json.dumps(cards, indent=2) + "\n")
+        return 0
+    committed = json.loads(COMMITTED.read_text())
+    differing = sum(compare(card, committed[weights]) for weights, card in cards.items())
+    print(f"{differing} scores differ")
+    return int(differing > 0)
 
 
 if __name__ == "__main__":

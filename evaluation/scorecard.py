@@ -10,13 +10,8 @@ import torch
 from data import LabelledImages
 from drawing import draw_set
 from evaluation import metrics
-from evaluation.judge import BUNDLED, Judge, load_judge
-from evaluation.metrics import (
-    Judged,
-    agreement,
-    fid,
-    show_to,
-)
+from evaluation.judge import BUNDLED, Judge, load_judge, train_classifier
+from evaluation.metrics import Judged, agreement, fid, show_to
 from models import Discriminator, Generator
 from utils import BadInput, announce, load_data
 
@@ -34,6 +29,7 @@ class Counts:
 QUICK = Counts(scored=1000, cas=3000, cas_epochs=2, pairs=200)
 FULL = Counts(scored=5000, cas=5000, cas_epochs=5, pairs=1000)
 GOOD_JUDGE = 0.95  # of the real images recognised; a judge below it measures itself
+READER_EPOCHS = 2
 FEW_IMAGES = 1000  # a covariance of 128 features from fewer is too noisy for an FID
 
 # key, its name in the table, which way is good, and its format
@@ -46,6 +42,8 @@ ROWS = [
     ("ms_ssim", "same-class MS-SSIM", "as real", "{:.3f}"),
     ("cas", "CAS", "up", "{:.2%}"),
 ]
+PARTS = {1: "read_whole", 2: "read_half", 4: "read_quarter", 8: "read_eighth"}  # of the side
+RESOLUTION_ROWS = [(key, f"read at 1/{part} of the side", "as real", "{:.2%}") for part, key in PARTS.items()]
 CLASS_ROWS = [row for row in ROWS if row[0] in ("agreement", "fid", "density", "coverage", "ms_ssim")]
 
 
@@ -101,6 +99,25 @@ def score(images, labels, real: Judged, judge: Judge, counts: Counts, seed: int 
     return scores, by_class
 
 
+def agreement_by_resolution(drawn, train_set, test_set, n_classes: int, seed: int = 0, device="cpu") -> dict:
+    """Return the agreement of images, and of the test images, that went through fewer pixels (paper, section 4.1).
+
+    Each set is a pair of images, uint8 (N, C, H, W), and labels, int64 (N,). The judge has only seen sharp images. So
+    these are read by a classifier of the training images, a part of which went through each of PARTS. Returns
+    {key: {"generated": x, "real": y}}.
+    """
+    real_images, real_labels = train_set
+    shares = [metrics.blurred(real_images[number :: len(PARTS)], part) for number, part in enumerate(PARTS)]
+    known = torch.cat([real_labels[number :: len(PARTS)] for number in range(len(PARTS))])
+    reader = train_classifier(torch.cat(shares), known, n_classes, READER_EPOCHS, seed, device, jitter=False)
+    sets = {"generated": drawn, "real": test_set}
+
+    def read(images, labels, part: int) -> float:
+        return agreement(show_to(reader, metrics.blurred(images, part), labels))
+
+    return {key: {who: read(*pair, part) for who, pair in sets.items()} for part, key in PARTS.items()}
+
+
 def scorecard(images, labels, train_set, test_set, judge: Judge, counts: Counts, seed: int = 0, device="cpu",
               stage=unseen) -> dict:  # fmt: skip
     """Score images beside real ones: as many training images, scored the same way against the test set.
@@ -145,7 +162,7 @@ def table(card: dict) -> str:
         f"{card['feature_space']}\n",
         f"{'':34}{'good':>8}{'generated':>12}{'real':>10}",
     ]
-    for key, name, good, form in ROWS:
+    for key, name, good, form in [row for row in ROWS + RESOLUTION_ROWS if row[0] in card["scores"]]:
         ours, theirs = (form.format(card["scores"][key][who]) for who in ("generated", "real"))
         lines.append(f"{name:34}{good:>8}{ours:>12}{theirs:>10}")
     lines += ["", f"{'class':12}" + "".join(f"{key.replace('_', '-'):>13}" for key, *_ in CLASS_ROWS)]

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import ROOT, call, on_terminal, read_board, read_rows
+from PIL import Image
 
 import evaluate
 from cli import BUNDLED_GENERATOR
@@ -14,7 +15,7 @@ from drawing import draw_set
 from evaluation import judge as judge_module
 from evaluation import scorecard as scorecard_module
 from evaluation.judge import judge_images, load_judge
-from evaluation.metrics import density_and_coverage, fid, same_class_ms_ssim, show_to
+from evaluation.metrics import Judged, blurred, density_and_coverage, fid, most_missed, same_class_ms_ssim, show_to
 from evaluation.scorecard import Counts, balanced, collapsed, score, scorecard
 from models import Generator, load_network, save_network, weights_init_normal
 
@@ -138,7 +139,33 @@ def test_metrics_against_cases_worked_out_by_hand():
     assert same_class_ms_ssim(one.repeat(3, 1, 1, 1), 5, 0) == pytest.approx(1)
 
 
-def test_table_fits_80_columns_and_is_the_json(judge, train_set, test_set, monkeypatch):
+def test_fewer_pixels_lose_what_is_small(judge, test_set):
+    flat = torch.full((2, 1, 32, 32), 200, dtype=torch.uint8)
+    assert torch.equal(blurred(flat, 8), flat)
+    stripes = (torch.arange(32) % 2 * 200).to(torch.uint8).expand(1, 1, 32, 32)
+    inner = blurred(stripes, 4)[..., 8:24]
+    assert inner.min() >= 95 and inner.max() <= 105  # finer than what is left, so only their mean remains
+
+
+def test_fewer_pixels_are_read_less_well(train_set, test_set):
+    drawn = test_set[0][:300].flip(3), test_set[1][:300]  # mirrored, so that most are hard to read
+    part = [tensor[:6000] for tensor in train_set]
+    shares = scorecard_module.agreement_by_resolution(drawn, part, test_set, 10)
+    real, mirrored = ([pair[who] for pair in shares.values()] for who in ("real", "generated"))
+    assert list(shares) == ["read_whole", "read_half", "read_quarter", "read_eighth"]
+    assert min(real[:3]) > 0.85 and real[3] < real[2] - 0.05
+    assert all(theirs < ours - 0.1 for ours, theirs in zip(real, mirrored, strict=True))
+
+
+def test_missed_are_the_real_images_farthest_from_any_generated_one():
+    features, labels = torch.tensor([[0.0], [9], [4], [50]]), torch.tensor([0, 0, 0, 1])
+    images = torch.arange(4, dtype=torch.uint8)[:, None, None, None].expand(4, 1, 2, 2)
+    real, fake = Judged(images, labels, features, labels), Judged(None, None, torch.tensor([[1.0], [49], [20]]), None)
+    assert most_missed(real, fake, 0, 2)[:, 0, 0, 0].tolist() == [1, 2]
+    assert most_missed(real, fake, 1, 1)[:, 0, 0, 0].tolist() == [3]
+
+
+def test_table_fits_80_columns_and_is_the_json(judge, train_set, test_set, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, "QUICK", Counts(scored=20, cas=20, cas_epochs=1, pairs=5))
     part = scorecard_module.LabelledImages(*train_set, list("0123456789"))
     halves = (
@@ -150,8 +177,11 @@ def test_table_fits_80_columns_and_is_the_json(judge, train_set, test_set, monke
     assert result.status == 0 and result.err.startswith(f"Weights: {BUNDLED_GENERATOR}\n")
     assert "no Inception FID" in result.out and "200 images, seed 0" in result.out
     assert max(len(line) for line in result.out.splitlines()[1:]) <= 80
-    card = json.loads(call(evaluate.main, "--json", "--device", "cpu").out)
-    assert f"{card['scores']['agreement']['generated']:.2%}" in result.out and len(card["scores"]) == 7
+    more = ["--resolution", "--missed", tmp_path / "missed.png"]
+    card = json.loads(call(evaluate.main, "--json", "--device", "cpu", *more).out)
+    assert {"read_whole", "read_eighth"} < card["scores"].keys()
+    assert Image.open(tmp_path / "missed.png").size == (10 * 34 + 2, 10 * 34 + 2)
+    assert f"{card['scores']['agreement']['generated']:.2%}" in result.out and len(card["scores"]) == 7 + 4
     assert card["images"] == 200 and card["test_images"] == 1500
 
 

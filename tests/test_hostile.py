@@ -132,6 +132,8 @@ HOSTILE = [  # the command line, and a part of the line that it must print
     ("generate 1 --out .", "--out: '.' is a folder: name a file"),
     ("generate 1 --out a.jpg", "--out: 'a.jpg' does not end in .png: name a file that does"),
     ("generate 1 --out /dev/null", "--out: '/dev/null' is a device or a pipe: name a file"),
+    ("evaluate --missed a.jpg", "--missed: 'a.jpg' does not end in .png: name a file that does"),
+    ("evaluate --missed text.pth/a.png", "--missed: cannot write to 'text.pth'"),
     ("generate 1 --out text.pth/a.png", "--out: cannot write to 'text.pth'"),
     ("generate --npz /tmp", "--npz: '/tmp' is a folder: name a file"),
     ("generate --npz /proc/a.npz", "--npz: cannot write to '/proc'"),

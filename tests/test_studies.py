@@ -1,0 +1,115 @@
+"""The studies in benchmarks/: they go on after a kill, their intervals are right, and their data is what they say."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import small
+import torch
+from conftest import ROOT
+
+from benchmarks import cells, overlap, quirks
+
+# benchmarks.quirks on the first digits, all its cells in one process
+STUDY = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import acgan, small
+from benchmarks import quirks
+small.watch()
+acgan.load_dataset = small.few(64)
+quirks.load_train_and_test = lambda *args: (None, small.few(300)("mnist", None, 32))
+quirks.run_cells = lambda module, cells, *argv: [quirks.run_cell(*cell, quirks.parse_args(argv)) for cell in cells]
+quirks.main()
+"""
+NETWORK = "--batch_size 8 --latent_dim 4 --compile off --device cpu --checkpoint_interval 2"
+
+
+def study(folder, **env):
+    """Run two variants with two seeds for 4 batches each; returns the process."""
+    flags = ["--seeds", 2, "--only", "faithful", "--only", "best", "--points", 2, 4, "--scored", 20]
+    flags += [f"--flags={NETWORK}", "--work", folder / "work", "--rows", folder / "rows.jsonl"]
+    flags += ["--page", folder / "page.md", "--plot", folder / "plot.png"]
+    command = [sys.executable, "-c", STUDY, *map(str, flags)]
+    return subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
+
+
+def test_a_killed_study_goes_on_to_the_same_table(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    result = study(whole)
+    assert result.returncode == 0, result.stderr
+    assert study(killed, KILL_AT="0 7").returncode == -9  # in the second cell, after its first two batches
+    assert {row["name"] for row in cells.read_rows(killed / "rows.jsonl")} == {"faithful"}
+    assert (killed / "work" / "best_4_0" / "ema_2.pth").exists()
+    assert "| faithful | 4 | 1 |" in (killed / "page.md").read_text()  # a page stands after each cell
+    with open(killed / "rows.jsonl", "a") as file:
+        file.write('{"name": "best", "se')  # a row that the kill cut off
+    result = study(killed)
+    assert result.returncode == 0 and "Resuming after batch 2 of 4" in result.stderr, result.stderr
+    assert cells.read_rows(killed / "rows.jsonl") == cells.read_rows(whole / "rows.jsonl")
+    assert len(cells.read_rows(whole / "rows.jsonl")) == 2 * 2 * 2
+    page = (whole / "page.md").read_text()
+    assert (killed / "page.md").read_text() == page and "| best | 4 | 2 |" in page
+    assert (whole / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert list((whole / "work").iterdir()) == []  # runs that have their rows are removed
+
+
+def test_intervals_against_hand_computed_ones():
+    assert cells.mean_and_interval([1.0, 2.0, 3.0]) == (2, pytest.approx(4.30265 / 3**0.5, rel=1e-5))
+    assert cells.mean_and_interval([0.5]) == (0.5, None)
+
+
+def rows_of(**by_name):
+    """Rows of an EMA whose three scores are all the same, for each name a value a seed."""
+    keys = quirks.JUDGED_BY
+    return [dict(name=name.replace("_", " "), seed=seed, batches=9, ema=dict.fromkeys(keys, value), raw={})
+            for name, values in by_name.items() for seed, value in enumerate(values)]  # fmt: skip
+
+
+def test_differences_are_those_of_the_same_seed():
+    rows = rows_of(faithful=[0.1, 0.5, 0.3], best=[0.3, 0.8])
+    assert quirks.differences(rows, "best", 9, "cas") == pytest.approx([0.2, 0.3])
+    assert quirks.differences(rows, "best", 8, "cas") == []
+
+
+def test_verdicts_follow_from_the_intervals():
+    def of(agreement, coverage, cas):
+        return quirks.verdict(dict(agreement=agreement, coverage=coverage, cas=cas))
+
+    nothing = (0.01, 0.02)
+    assert of(nothing, nothing, (-0.01, 0.02)) == "no difference that this study can see"
+    assert of((0.03, 0.02), nothing, nothing) == "**helps**: agreement up"
+    assert of(nothing, (-0.03, 0.02), (-0.5, 0.1)) == "**harms**: coverage and CAS down"
+    assert of((0.03, 0.02), (-0.03, 0.02), nothing) == "a trade: agreement up, coverage down"
+    assert of((0.5, None), (0.5, None), (0.5, None)) == "one seed only: undecided"
+
+
+def test_overlapping_digits_have_the_shares_that_they_claim():
+    digits = small.first_digits(32)
+    data = overlap.overlapping(digits)
+    assert data.classes == ["A", "B"]
+    found = {image.numpy().tobytes(): int(label) for image, label in zip(digits.images, digits.labels, strict=True)}
+    drawn = torch.tensor([found[image.numpy().tobytes()] for image in data.images])
+    for label, own in enumerate((1, 2)):
+        of_class = drawn[data.labels == label]
+        assert len(of_class) == 2 * (of_class == 0).sum() == 2 * (of_class == own).sum() > 90
+    assert len({image.numpy().tobytes() for image in data.images}) == len(data.images)  # no zero is in both
+
+
+def test_overlap_section_shows_the_shares():
+    row = dict(name="faithful", batches=3000, A={"0": 0.25, "1": 0.75}, B={"0": 0.5, "2": 0.5})
+    rows = [row | {"seed": 0}, row | {"seed": 1, "A": {"0": 0.35, "1": 0.65}}]
+    text = "\n".join(overlap.section(rows))
+    half = 12.7062 * (5 * 2**0.5) / 2**0.5  # t of one degree of freedom, times the standard error
+    assert f"| faithful | 2 | 30.0 ± {half:.1f} | 70.0 ± {half:.1f} | 50.0 ± 0.0 | 50.0 ± 0.0 |" in text
+
+
+def test_every_committed_row_has_its_variant():
+    for path, variants in ((quirks.ROOT / "benchmarks" / "quirks.jsonl", quirks.VARIANTS),
+                           (overlap.ROWS, overlap.VARIANTS)):  # fmt: skip
+        for line in path.read_text().splitlines() if path.exists() else []:
+            assert json.loads(line)["name"] in variants
