@@ -130,7 +130,7 @@ def train(opt: argparse.Namespace, ranks: Ranks, batches: Batches, scorer: Epoch
     def train_batch(generator, discriminator, indices, penalised):  # wrapped or compiled, of the same parameters
         real_imgs, labels = batches.gather(indices)
         z = draw_noise(len(indices), opt.latent_dim, device)
-        gen_labels = draw_labels(len(indices), opt.n_classes, device)
+        gen_labels = batches.in_order(draw_labels(len(indices), opt.n_classes, device))
         return train_step(generator, discriminator, optimizer_G, optimizer_D, real_imgs, labels, z, gen_labels,
                           objective, penalty if penalised else None)  # fmt: skip
 
@@ -287,7 +287,7 @@ def start(argv: list[str] | None) -> int:
     try:
         with ranks.rank_0_first():  # it alone downloads
             data = load_dataset(opt.dataset, opt.data_root, opt.img_size, opt.n_cpu, nearest_folder(opt.out_dir))
-        batches = Batches(data, opt.batch_size, ranks.device, ranks)
+        batches = Batches(data, opt.batch_size, ranks.device, ranks, by_class=opt.d_deviation == "class")
         check_data(opt, data, batches, checkpoint)
         opt.compile = choose_compile(opt.compile, ranks.device, ranks.world_size, opt.total_steps)
         interval = opt.eval_interval * len(batches) if opt.eval_interval and not ranks.rank else None

@@ -47,8 +47,9 @@ def add_departure_flags(parser: argparse.ArgumentParser) -> None:
     add("--d_norm", choices=["batch", "none"], default="batch", help="batch norm in D")
     add("--d_dropout", type=share, default=0.25, metavar="P", help="share of D's channels that are dropped, in [0, 1)")
     add("--d_width", type=COUNT, default=1, metavar="N", help="multiplies the channels of each layer of D")
-    add("--d_deviation", choices=["on", "off"], default="off",
-        help=f"on: D's validity also takes each feature's deviation within groups of {DeviationLinear.GROUP} images")
+    add("--d_deviation", choices=["off", "on", "class"], default="off",
+        help=f"on: D's validity also takes each feature's deviation within groups of {DeviationLinear.GROUP} images; "
+        "class: each batch is sorted by class before, so that most groups are of one")
     add("--r1", type=gamma, default=0.0, metavar="GAMMA", help="R1 penalty on D's gradient at real images; 0: none")
     add("--pretrain_class_head", type=epochs, default=0, metavar="N",
         help="epochs in which D's class head first learns the real images alone")
@@ -81,7 +82,7 @@ def build_networks(opt: argparse.Namespace, device: torch.device):
     outputs = "logits" if opt.class_loss == "logits" else "probabilities"
     generator = Generator(opt.n_classes, opt.latent_dim, opt.img_size, opt.channels, opt.conditioning, opt.bn_eps)
     discriminator = Discriminator(opt.n_classes, opt.img_size, opt.channels, opt.d_norm, opt.bn_eps, opt.d_dropout,
-                                  outputs, opt.class_head, opt.d_width, opt.d_deviation == "on")  # fmt: skip
+                                  outputs, opt.class_head, opt.d_width, opt.d_deviation != "off")  # fmt: skip
     generator.classes = discriminator.classes = opt.classes
     labels, z = torch.randint(opt.n_classes, (1,)), torch.randn(1, opt.latent_dim)  # labels first
     img = torch.randn(1, opt.channels, opt.img_size, opt.img_size)

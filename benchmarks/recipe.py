@@ -23,7 +23,6 @@ import acgan
 import recipes
 from benchmarks.cells import ROOT, append_rows, read_rows, run_cells
 from data import load_dataset
-from data.batches import Batches
 from drawing import draw_set
 from evaluation.judge import load_judge, train_classifier
 from evaluation.metrics import show_to
@@ -70,8 +69,8 @@ VARIANTS = {  # name: batches, flags
     "both, minibatch deviation, lr 0.003": (1000, [*BOTH, "--d_deviation", "on", "--lr", "0.003"]),
     "both, shifts": (1000, BOTH),
     "both, minibatch deviation": (1000, [*BOTH, "--d_deviation", "on"]),
-    "both, deviation within a class": (1000, [*BOTH, "--d_deviation", "on"]),
-    "both, deviation within a class, 2000": (2000, [*BOTH, "--d_deviation", "on"]),
+    "both, deviation within a class": (1000, [*BOTH, "--d_deviation", "class"]),
+    "both, deviation within a class, 2000": (2000, [*BOTH, "--d_deviation", "class"]),
     "both, wide D, minibatch deviation": (1000, [*BOTH, "--d_width", "2", "--d_deviation", "on"]),
 }
 
@@ -102,19 +101,6 @@ class ShiftingDiscriminator(Discriminator):
         return self.adv_layer[0](self.trunk(img))
 
 
-def sorted_batches() -> None:
-    """Sort the images of a batch by class, real and generated ones, so that minibatch deviation sees one class."""
-    draw_labels, gather = acgan.draw_labels, Batches.gather
-
-    def gather_sorted(self, indices):
-        images, labels = gather(self, indices)
-        order = labels.argsort()
-        return images[order], labels[order]
-
-    acgan.draw_labels = lambda *args: draw_labels(*args).sort().values
-    Batches.gather = gather_sorted
-
-
 def with_discriminator(kind: type) -> Callable[[], None]:
     """Return a change that trains with a D of this kind."""
     return lambda: setattr(recipes, "Discriminator", kind)
@@ -123,8 +109,6 @@ def with_discriminator(kind: type) -> Callable[[], None]:
 CHANGES = {  # ideas without a flag
     "both, lr 0.004, half class term": half_class_term,
     "both, shifts": with_discriminator(ShiftingDiscriminator),
-    "both, deviation within a class": sorted_batches,
-    "both, deviation within a class, 2000": sorted_batches,
 }
 
 

@@ -27,15 +27,15 @@ class Batches:
     An epoch takes the same numbers from torch's CPU stream as that loader: first a base seed for its workers, unused
     here, then the sampler's seed, from which one permutation follows. The last, smaller batch is kept. Images in memory
     are copied to `device` once, if they fit there. `ranks`, a training.distributed.Ranks, each take their share of a
-    larger batch.
+    larger batch. `by_class` sorts each batch, which stays the same otherwise.
     """
 
-    def __init__(self, data, batch_size: int, device="cpu", ranks=None):
+    def __init__(self, data, batch_size: int, device="cpu", ranks=None, by_class: bool = False):
         self.device = device
         self.in_memory = data.in_memory and fits(data.images, torch.device(device))  # of the device
         store = device if self.in_memory else "cpu"
         self.images, self.labels = data.images.to(store), data.labels.to(store)
-        self.batch_size, self.ranks = batch_size, ranks
+        self.batch_size, self.ranks, self.by_class = batch_size, ranks, by_class
         self.rank, self.world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
         self.sampler_seed = 0
         self.position = 0  # batches of the current epoch that were handed out; 0 between epochs
@@ -71,12 +71,17 @@ class Batches:
         ends = [*starts[1:], None]
         for number in range(self.position, len(self)):
             self.position += 1
-            yield order[starts[number] : ends[number]][self.rank :: self.world_size]
+            indices = order[starts[number] : ends[number]][self.rank :: self.world_size]
+            yield indices[self.labels[indices].argsort(stable=True)] if self.by_class else indices
         self.position = 0
 
     def gather(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the batch of these indices: float32 (B, C, H, W) in [-1, 1], and labels, int64 (B,)."""
         return normalize(self.images[indices].to(self.device)), self.labels[indices].to(self.device)
+
+    def in_order(self, labels: torch.Tensor) -> torch.Tensor:
+        """Return the classes to draw in the order of a batch: as they came, or sorted if batches are."""
+        return labels.sort().values if self.by_class else labels
 
     def state_dict(self) -> dict[str, int]:
         """Return the epoch's permutation, as its seed, and the position in it."""

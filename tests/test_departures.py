@@ -117,6 +117,25 @@ def test_deviation_of_a_group_of_images_changes_their_validity_alone():
     assert alike.grad.isfinite().all()
 
 
+def test_deviation_by_class_sorts_each_batch_and_changes_nothing_else(train, tmp_path, monkeypatch):
+    seen, train_step = {"on": [], "class": []}, acgan.train_step
+
+    def watched(generator, discriminator, optimizer_G, optimizer_D, real_imgs, labels, z, gen_labels, *others):
+        seen[kind].append([real_imgs.sum((1, 2, 3)), labels, z, gen_labels])
+        return train_step(generator, discriminator, optimizer_G, optimizer_D, real_imgs, labels, z, gen_labels, *others)
+
+    monkeypatch.setattr(acgan, "train_step", watched)
+    for kind in seen:
+        train(*SMALL, "--d_deviation", kind, "--max_steps", 3, "--out_dir", tmp_path / kind)
+    assert len(seen["on"]) == len(seen["class"]) == 3
+    for (imgs, labels, z, gen_labels), sorted_batch in zip(*seen.values(), strict=True):
+        order = labels.argsort(stable=True)
+        assert not torch.equal(labels, labels[order])
+        wanted = [imgs[order], labels[order], z, gen_labels.sort().values]
+        for ours, theirs in zip(sorted_batch, wanted, strict=True):
+            assert torch.equal(ours, theirs)
+
+
 def test_twin_head_has_an_output_for_real_and_for_generated_of_each_class():
     discriminator = networks("--class_head", "2k")[1]
     assert discriminator(torch.randn(2, 1, 32, 32))[1].shape == (2, 20)
