@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torchvision.transforms.functional import to_tensor
 from torchvision.utils import make_grid, save_image
 
 import acgan
@@ -97,16 +98,6 @@ def section(rows: list[dict]) -> list[str]:
             f"*From left to right: {', '.join(VARIANTS)}; class A above, class B below; seed 0.*"]  # fmt: skip
 
 
-def join(grids: list[Path], path: Path) -> None:
-    """Put pictures of one size side by side."""
-    pictures = [Image.open(grid) for grid in grids]
-    width, height = pictures[0].size
-    joined = Image.new("RGB", (len(pictures) * (width + 12) - 12, height), "white")
-    for number, picture in enumerate(pictures):
-        joined.paste(picture, (number * (width + 12), 0))
-    atomic_write(path, lambda file: joined.save(file, format="png"))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -126,7 +117,9 @@ def main() -> None:
     run_cells("overlap", cells, *sys.argv[1:])
     grids = [grid_path(opt.work, name) for name in VARIANTS]
     if all(grid.exists() for grid in grids):
-        join(grids, opt.picture)
+        pictures = [to_tensor(Image.open(grid)) for grid in grids]
+        joined = make_grid(pictures, nrow=len(pictures), padding=12, pad_value=1)
+        atomic_write(opt.picture, lambda file: save_image(joined, file, format="png"))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from data import load_train_and_test
 from drawing import draw_set
 from evaluation import metrics
 from evaluation.judge import load_judge
+from evaluation.scorecard import QUICK
 from models import Generator, load_network
 from training.speed import tune_process
 from utils import atomic_write
@@ -32,7 +33,6 @@ from utils import atomic_write
 POINTS = (500, 1000, 3000)  # batches after which G is scored; the last ends the run
 LONG = 23_450  # batches: 25 epochs
 CAS_FROM = 1000  # batches; before that the images teach a classifier nothing worth its time
-CAS_IMAGES, CAS_EPOCHS = 3000, 2  # of each class
 REPAIRS = ["--class_loss", "logits", "--bn_eps", "0.00001", "--conditioning", "concat"]
 VARIANTS = {
     "faithful": [],
@@ -67,7 +67,7 @@ JUDGED_BY = ("agreement", "coverage", "cas")  # the verdicts; more of each is be
 def score(generator: Generator, real: metrics.Judged, judge, per_class: int, with_cas: bool) -> dict[str, float]:
     """Return the scores of `per_class` images of each class, drawn by G in eval mode from the noise of seed 0."""
     n_classes = len(generator.classes)
-    labels = torch.arange(n_classes).repeat(max(per_class, CAS_IMAGES) if with_cas else per_class)
+    labels = torch.arange(n_classes).repeat(max(per_class, QUICK.cas) if with_cas else per_class)
     images, n_scored = draw_set(generator.eval(), labels, seed=0), per_class * n_classes
     shown = metrics.show_to(judge, images[:n_scored], labels[:n_scored])
     density, coverage = metrics.density_and_coverage(real.features, shown.features)
@@ -75,7 +75,7 @@ def score(generator: Generator, real: metrics.Judged, judge, per_class: int, wit
                   intra_fid=metrics.intra_fid(real, shown, n_classes), density=density, coverage=coverage)  # fmt: skip
     if with_cas:
         cas_set = images, labels, real.images, real.labels
-        scores["cas"] = metrics.classification_accuracy_score(*cas_set, CAS_EPOCHS, 0, "cpu")
+        scores["cas"] = metrics.classification_accuracy_score(*cas_set, QUICK.cas_epochs, 0, "cpu")
     return {name: round(value, 5) for name, value in scores.items()}
 
 

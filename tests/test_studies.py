@@ -1,6 +1,5 @@
 """The studies in benchmarks/: they go on after a kill, their intervals are right, and their data is what they say."""
 
-import json
 import os
 import subprocess
 import sys
@@ -106,10 +105,3 @@ def test_overlap_section_shows_the_shares():
     text = "\n".join(overlap.section(rows))
     half = 12.7062 * (5 * 2**0.5) / 2**0.5  # t of one degree of freedom, times the standard error
     assert f"| faithful | 2 | 30.0 ± {half:.1f} | 70.0 ± {half:.1f} | 50.0 ± 0.0 | 50.0 ± 0.0 |" in text
-
-
-def test_every_committed_row_has_its_variant():
-    for path, variants in ((quirks.ROOT / "benchmarks" / "quirks.jsonl", quirks.VARIANTS),
-                           (overlap.ROWS, overlap.VARIANTS)):  # fmt: skip
-        for line in path.read_text().splitlines() if path.exists() else []:
-            assert json.loads(line)["name"] in variants
