@@ -7,36 +7,11 @@ Layers, sizes and parameter names are those of the tutorial (GAN Step By Step, S
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from upsampling import UpsampleConv2d
 from utils import BadInput, atomic_write, load_data
-
-
-class UpsampleConv2d(nn.Conv2d):
-    """Upsample(scale_factor=2), nearest, then Conv2d(3x3, padding=1), in one cheaper convolution.
-
-    Along one axis the doubled image is u[2i] = u[2i+1] = x[i], so with the kernel (w0, w1, w2)
-
-        y[2i]   = w0 x[i-1] + (w1 + w2) x[i]
-        y[2i+1] = (w0 + w1) x[i] + w2 x[i+1]
-
-    which is a transposed convolution with stride 2, padding 1 and the kernel (w2, w1+w2, w0+w1, w0). With the same
-    along the other axis: 16 multiplications for 4 pixels instead of 36, borders included. The parameters are
-    those of the plain 3x3 convolution, under the same names.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, 3, stride=1, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map float (B, in_channels, h, w) to (B, out_channels, 2h, 2w)."""
-        weight = self.weight.transpose(0, 1)  # (in, out, 3, 3), as conv_transpose2d wants it
-        for axis in (2, 3):
-            w0, w1, w2 = weight.unbind(axis)
-            weight = torch.stack([w2, w1 + w2, w0 + w1, w0], axis)  # finally (in, out, 4, 4)
-        return F.conv_transpose2d(x, weight, self.bias, stride=2, padding=1)
 
 
 class Generator(nn.Module):

@@ -5,7 +5,8 @@ import copy
 import torch
 from torch import nn
 
-from models import Generator, UpsampleConv2d
+from models import Generator
+from upsampling import UpsampleConv2d
 
 
 def plain_generator(generator: Generator) -> Generator:

@@ -12,27 +12,29 @@ import acgan
 from benchmarks.plain import plain_generator
 from data.batches import Batches
 from drawing import draw_labels, draw_noise
-from models import Discriminator, Generator, UpsampleConv2d, load_network, weights_init_normal
+from models import Discriminator, Generator, load_network, weights_init_normal
 from training import speed
+from upsampling import UpsampleConv2d
 
 SMALL = ["--seed", 3, "--batch_size", 24, "--img_size", 16, "--log_interval", 1]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 4), (7, 7), (8, 8), (5, 9), (16, 16)])
 @pytest.mark.parametrize(("in_channels", "out_channels"), [(1, 1), (3, 5), (128, 64)])
-def test_folded_upsampling_equals_the_plain_pair(size, in_channels, out_channels):
+@pytest.mark.parametrize("way", ["fold", "share"])
+def test_both_ways_of_upsampling_equal_the_plain_pair(size, in_channels, out_channels, way):
     torch.manual_seed(0)
-    folded = UpsampleConv2d(in_channels, out_channels).double()
+    layer = UpsampleConv2d(in_channels, out_channels).double()
     plain = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(in_channels, out_channels, 3, padding=1)).double()
-    plain[1].load_state_dict(folded.state_dict())  # the same names and shapes
+    plain[1].load_state_dict(layer.state_dict())  # the same names and shapes
     x = torch.randn(2, in_channels, *size, dtype=torch.float64)
     target = torch.randn(2, out_channels, 2 * size[0], 2 * size[1], dtype=torch.float64)
     results = []
-    for layer in (folded, plain):
+    for module, function in ((layer, getattr(layer, way)), (plain, plain)):
         inputs = x.clone().requires_grad_()
-        out = layer(inputs)
+        out = function(inputs)
         nn.functional.mse_loss(out, target).backward()
-        results.append([out, inputs.grad, *(parameter.grad for parameter in layer.parameters())])
+        results.append([out, inputs.grad, *(parameter.grad for parameter in module.parameters())])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
