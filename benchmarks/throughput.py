@@ -12,6 +12,7 @@ so that both meet the same load. `ours` is `acgan.train` itself, with the defaul
 
 import argparse
 import json
+import math
 import os
 import platform
 import resource
@@ -22,6 +23,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -35,6 +37,7 @@ import acgan  # noqa: E402 (needs the path above)
 from benchmarks.plain import plain_generator  # noqa: E402
 from data import builtin  # noqa: E402
 from models import Discriminator, Generator, weights_init_normal  # noqa: E402
+from upsampling import UpsampleConv2d  # noqa: E402
 
 # What keeps PyTorch, oneDNN and MKL from AVX-512. Compiled code is kept apart: it would crash a process without these.
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
@@ -133,13 +136,13 @@ class Rounds:
     dropping = False
 
 
-def run_side(side: str, device: torch.device, batches: int, workers: int, plain: bool, flags: list[str]) -> None:
+def run_side(opt, device: torch.device) -> None:
     """The life of one side's process."""
-    rounds = Rounds(device, batches)
+    rounds = Rounds(device, opt.batches)
     if os.environ.get("ATEN_CPU_CAPABILITY") == "avx2":
         torch._inductor.config.cpp.simdlen = 256  # bits; without it compiled code is slower than on a real AVX2
-    if side == "tutorial":
-        for _ in tutorial_batches(device, workers):
+    if opt.side == "tutorial":
+        for _ in tutorial_batches(device, opt.workers):
             rounds.after_batch()
 
     class TimedRecord(acgan.RunRecord):
@@ -152,10 +155,12 @@ def run_side(side: str, device: torch.device, batches: int, workers: int, plain:
         return plain_generator(generator), *others
 
     acgan.RunRecord, build_networks = TimedRecord, acgan.build_networks
-    if plain:
+    if opt.plain:
         acgan.build_networks = build_plain
+    if opt.fold:
+        UpsampleConv2d.share = UpsampleConv2d.fold
     with tempfile.TemporaryDirectory() as out_dir:
-        sys.exit(acgan.main(["--out_dir", out_dir, "--device", device.type, *flags]))
+        sys.exit(acgan.main(["--out_dir", out_dir, "--device", device.type, *opt.flags]))
 
 
 class Side:
@@ -163,7 +168,7 @@ class Side:
 
     def __init__(self, name: str, opt):
         command = [sys.executable, __file__, "--side", name, "--device", opt.device, "--batches", str(opt.batches)]
-        command += ["--workers", str(opt.workers), *["--plain"] * opt.plain, *opt.flags]
+        command += ["--workers", str(opt.workers), *["--plain"] * opt.plain, *["--fold"] * opt.fold, *opt.flags]
         env = os.environ | (AVX2 if opt.isa == "avx2" else {})
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         self.memory = self.read()["memory"]  # also the end of its warm-up
@@ -188,13 +193,16 @@ class Side:
 
 
 def multiply_adds() -> float:
-    """Multiply-adds of one training step of 64 images, as PyTorch counts them in matrix products and convolutions."""
+    """Multiply-adds of one training step of 64 images, of matrix products and convolutions, as compiled networks do."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    ours = {torch.ops.acgan.multiply: lambda pixels, kernels, **_: 2 * math.prod(pixels) * kernels[1],
+            torch.ops.acgan.multiply_back: lambda grad, pixels, **_: 2 * math.prod(pixels) * grad[4]}  # fmt: skip
     generator, discriminator = Generator(), Discriminator()
     optimizers = [torch.optim.Adam(network.parameters()) for network in (generator, discriminator)]
     labels = torch.zeros(64, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter:
+    shared = mock.patch.object(UpsampleConv2d, "forward", UpsampleConv2d.share)
+    with shared, FlopCounterMode(display=False, custom_mapping=ours) as counter:
         inputs = torch.zeros(64, 1, 32, 32), labels, torch.randn(64, 100), labels
         acgan.train_step(generator, discriminator, *optimizers, *inputs)
     return counter.get_total_flops() / 2
@@ -245,7 +253,9 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=60, help="timed batches a round (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=8, help="the tutorial's --n_cpu (default: %(default)s)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(default: %(default)s)")
-    parser.add_argument("--plain", action="store_true", help="ours with the tutorial's upsampling, not the folded one")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--plain", action="store_true", help="ours with the tutorial's upsampling, then convolution")
+    way.add_argument("--fold", action="store_true", help="ours with folded upsampling where it is compiled, too")
     parser.add_argument("--isa", choices=["native", "avx2"], default="native",
                         help="instructions for both sides; avx2 is emulated (default: %(default)s)")  # fmt: skip
     parser.add_argument("--busy", action="store_true", help="ours alone, beside a busy process and without")
@@ -256,7 +266,7 @@ def main() -> None:
     opt, opt.flags = parser.parse_known_args()  # what is left goes to acgan.py: --compile off, for instance
     device = torch.device(opt.device)
     if opt.side:
-        return run_side(opt.side, device, opt.batches, opt.workers, opt.plain, opt.flags)
+        return run_side(opt, device)
 
     if opt.busy:
         return print(json.dumps(beside_a_busy_process(opt), indent=2))
@@ -283,7 +293,7 @@ def main() -> None:
         "torch": torch.__version__,
         "isa": "AVX2, emulated" if opt.isa == "avx2" else torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "flags": ["--plain"] * opt.plain + opt.flags,
+        "flags": ["--plain"] * opt.plain + ["--fold"] * opt.fold + opt.flags,
         "batches_per_second": {name: spread(values) for name, values in per_second.items()},
         "ratio": spread(ratios),
         "peak_memory_MiB": {name: side.memory for name, side in sides.items()},
