@@ -103,7 +103,7 @@ def by_row(single, double, quadruple):
 class SharedProducts(torch.autograd.Function):
     """`share` for grouped kernels, float (N, out, in), of an image, float (B, in, h, w). Its gradient is written out.
 
-    Autograd's own would scatter where this gathers, and takes three times as long once compiled.
+    Autograd's own would scatter where this gathers, which is slower once compiled.
     """
 
     @staticmethod
