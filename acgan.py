@@ -55,7 +55,7 @@ def train_step(generator, discriminator, optimizer_G, optimizer_D, real_imgs, la
         real_imgs, labels: real images, float32 (B, C, H, W) in [-1, 1], and their classes, int64 (B,).
         z, gen_labels: noise, float32 (B, latent_dim), and the classes to draw, int64 (B,).
         objective: the terms of both losses; by default the tutorial's.
-        penalty: what D's loss gets besides, as a function of the real images; None in the tutorial.
+        penalty: what D's loss gets besides, as a function of the real images and classes; None in the tutorial.
 
     Returns:
         0-d float tensors on the training device, which are recorded under these names: the losses and their parts, and
@@ -79,7 +79,7 @@ def train_step(generator, discriminator, optimizer_G, optimizer_D, real_imgs, la
     d_fake_loss = (d_fake_adv + d_fake_aux) / 2
 
     d_loss = (d_real_loss + d_fake_loss) / 2
-    d_penalty = penalty(real_imgs) if penalty else None
+    d_penalty = penalty(real_imgs, labels) if penalty else None
     (d_loss if d_penalty is None else d_loss + d_penalty).backward()
     optimizer_D.step()
 

@@ -160,9 +160,10 @@ class Discriminator(nn.Module):
         label = self.aux_layer(out)
         return validity, label
 
-    def validity_logit(self, img: torch.Tensor) -> torch.Tensor:
-        """Return the logit of P(real), float32 (B, 1)."""
-        return self.adv_layer[0](self.conv_blocks(img).flatten(1))
+    def with_logit(self, img: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what forward does, but the logit of P(real), float32 (B, 1), whatever the outputs are."""
+        out = self.conv_blocks(img).flatten(1)
+        return self.adv_layer[0](out), self.aux_layer(out)
 
 
 def check_sizes(**sizes: int) -> None:

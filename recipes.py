@@ -16,7 +16,7 @@ from utils import BadInput
 
 # fmt: off
 DEPARTURES = ("recipe", "class_loss", "bn_eps", "conditioning", "fake_class_loss", "class_head", "d_norm", "d_dropout",
-              "d_width", "d_deviation", "r1", "pretrain_class_head", "lr_schedule")
+              "d_width", "d_deviation", "r1", "r1_on", "pretrain_class_head", "lr_schedule")
 RECIPES = {
     "faithful": {},
     "best": dict(class_loss="logits", bn_eps=1e-5, conditioning="both", class_head="2k", d_norm="none", d_dropout=0.0,
@@ -51,6 +51,8 @@ def add_departure_flags(parser: argparse.ArgumentParser) -> None:
         help=f"on: D's validity also takes each feature's deviation within groups of {DeviationLinear.GROUP} images; "
         "class: each batch is sorted by class before, so that most groups are of one")
     add("--r1", type=gamma, default=0.0, metavar="GAMMA", help="R1 penalty on D's gradient at real images; 0: none")
+    add("--r1_on", choices=["validity", "whole"], default="validity", help="what --r1 penalises: the slope of D's "
+        "validity; or, with --class_head 2k, of all that G climbs: validity + log C[y] - log C[y + K]")
     add("--pretrain_class_head", type=epochs, default=0, metavar="N",
         help="epochs in which D's class head first learns the real images alone")
     add("--lr_schedule", choices=["constant", "linear"], default="constant",
@@ -75,6 +77,8 @@ def check_departures(opt: argparse.Namespace) -> None:
         )
     if opt.class_head == "2k" and opt.fake_class_loss == "off":
         raise BadInput("argument --fake_class_loss: off leaves half of --class_head 2k untrained: drop one of the two")
+    if opt.r1_on == "whole" and (not opt.r1 or opt.class_head != "2k"):
+        raise BadInput("argument --r1_on: whole needs --r1 above 0 and --class_head 2k: add both, or drop it")
 
 
 def build_networks(opt: argparse.Namespace, device: torch.device):
@@ -96,4 +100,4 @@ def build_networks(opt: argparse.Namespace, device: torch.device):
 def build_objective(opt: argparse.Namespace) -> Objective:
     """Return the losses that the options ask for."""
     return Objective(logits=opt.class_loss == "logits", fake_class_loss=opt.fake_class_loss == "on",
-                     twin_head=opt.class_head == "2k", r1=opt.r1)  # fmt: skip
+                     twin_head=opt.class_head == "2k", r1=opt.r1, whole_r1=opt.r1_on == "whole")  # fmt: skip

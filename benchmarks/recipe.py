@@ -84,21 +84,20 @@ def half_class_term() -> None:
 class ShiftingDiscriminator(Discriminator):
     """D that sees each image shifted by up to 2 pixels each way, as in DiffAugment (arXiv:2006.10738)."""
 
-    def trunk(self, img):
+    def moved(self, img):
         size, side = len(img), img.shape[-1]
         for axis in (2, 3):
             shift = torch.randint(-2, 3, (size, 1), device=img.device)
             places = (torch.arange(side, device=img.device) + shift).clamp(0, side - 1)  # the border is black
             places = places.view(size, 1, side, 1) if axis == 2 else places.view(size, 1, 1, side)
             img = img.gather(axis, places.expand(size, img.shape[1], side, side))
-        return self.conv_blocks(img).flatten(1)
+        return img
 
     def forward(self, img):
-        out = self.trunk(img)
-        return self.adv_layer(out), self.aux_layer(out)
+        return super().forward(self.moved(img))
 
-    def validity_logit(self, img):
-        return self.adv_layer[0](self.trunk(img))
+    def with_logit(self, img):
+        return super().with_logit(self.moved(img))
 
 
 def with_discriminator(kind: type) -> Callable[[], None]:

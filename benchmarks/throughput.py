@@ -3,6 +3,7 @@
     python benchmarks/throughput.py                # about five minutes on two cores; nothing else should run
     python benchmarks/throughput.py --isa avx2     # as on a processor without AVX-512, emulated
     python benchmarks/throughput.py --busy         # ours alone: quiet, and beside one busy process, in turns
+    python benchmarks/throughput.py --until_epoch 1   # ours alone: from the typed command to the end of an epoch
     python benchmarks/throughput.py --markdown     # as docs/speed.md shows it; or --json
 
 Each side has a process of its own and trains all the time with its own settings; they take turns, round by round,
@@ -243,6 +244,27 @@ def beside_a_busy_process(opt) -> dict:
     return {"batches_per_second": per_second, "times_as_long": spread(ratios)}
 
 
+def time_to_picture(opt) -> dict[str, float]:
+    """Type the command, with nothing compiled yet; return the seconds to the first grid and to the end of an epoch."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, ROOT / "acgan.py", "--out_dir", folder, "--device", opt.device, *opt.flags]
+        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled"}
+        first_grid = Path(folder) / "images" / "0.png"
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+        try:
+            while not first_grid.exists() and process.poll() is None:
+                time.sleep(0.02)
+            seconds = {"first grid": time.perf_counter() - start}
+            for line in process.stdout:  # one for each epoch
+                if line.split()[:1] == ["epoch"] and line.split()[1].startswith(f"{opt.until_epoch}/"):
+                    return seconds | {f"end of epoch {opt.until_epoch}": time.perf_counter() - start}
+        finally:
+            process.kill()
+            process.wait()
+    raise SystemExit("throughput.py: error: the run ended before that epoch did; its message stands above")
+
+
 def spread(values: list[float]) -> dict[str, float]:
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
@@ -259,6 +281,7 @@ def main() -> None:
     parser.add_argument("--isa", choices=["native", "avx2"], default="native",
                         help="instructions for both sides; avx2 is emulated (default: %(default)s)")  # fmt: skip
     parser.add_argument("--busy", action="store_true", help="ours alone, beside a busy process and without")
+    parser.add_argument("--until_epoch", type=int, metavar="N", help="ours alone: the seconds to the end of epoch N")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON instead of the table")
     form.add_argument("--markdown", action="store_true", help="print the table as Markdown")
@@ -268,6 +291,8 @@ def main() -> None:
     if opt.side:
         return run_side(opt, device)
 
+    if opt.until_epoch:
+        return print(json.dumps(time_to_picture(opt), indent=2))
     if opt.busy:
         return print(json.dumps(beside_a_busy_process(opt), indent=2))
     sides = {}

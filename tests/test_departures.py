@@ -30,6 +30,7 @@ SWITCHES = [  # every one of them away from the tutorial
     ["--d_width", 2],
     ["--d_deviation", "on"],
     ["--r1", 0.2],
+    ["--r1_on", "whole", "--r1", 0.2, "--class_head", "2k"],
     ["--pretrain_class_head", 1],
     ["--lr_schedule", "linear"],
 ]
@@ -108,7 +109,7 @@ def test_deviation_of_a_group_of_images_changes_their_validity_alone():
     deviation = torch.cat([group.std(0, unbiased=False).expand(4, -1) for group in features.split(4)])
     layer = discriminator.adv_layer[0]
     wanted = torch.cat([features, deviation], 1) @ layer.weight.T + layer.bias
-    torch.testing.assert_close(discriminator.validity_logit(imgs), wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(discriminator.with_logit(imgs)[0], wanted, atol=1e-4, rtol=1e-4)
     (validity, label), (short, short_label) = discriminator(imgs), discriminator(imgs[:3])
     assert len(short) == 3 and not torch.allclose(short, validity[:3])  # three images are one group
     torch.testing.assert_close(short_label, label[:3])
@@ -162,15 +163,34 @@ def test_penalty_of_a_linear_discriminator_is_that_of_its_slope():
             super().__init__()
             self.slope = torch.nn.Parameter(torch.full((1, 16 * 16), 0.5))
 
-        def validity_logit(self, img):
-            return img.flatten(1) @ self.slope.T
+        def with_logit(self, img):
+            return img.flatten(1) @ self.slope.T, None
 
     discriminator, terms = Linear(), Objective(r1=0.2)
-    penalty = terms.penalty(discriminator, torch.randn(5, 1, 16, 16))
+    penalty = terms.penalty(discriminator, torch.randn(5, 1, 16, 16), torch.arange(5))
     assert penalty.item() == pytest.approx(0.2 / 2 * 4 * (16 * 16 * 0.25))  # every fourth batch, times four
     penalty.backward()
     torch.testing.assert_close(discriminator.slope.grad, 0.2 * 4 * discriminator.slope.detach())
     assert [terms.penalised(step) for step in range(5)] == [True, False, False, False, True]
+
+
+def test_whole_penalty_is_on_the_slope_of_validity_and_class_terms_together():
+    class Linear(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.slopes = torch.nn.Parameter(torch.randn(7, 16 * 16))  # of the validity, then of 2 * 3 classes
+
+        def with_logit(self, img):
+            out = img.flatten(1) @ self.slopes.T
+            return out[:, :1], out[:, 1:]
+
+    discriminator, labels = Linear(), torch.tensor([2, 0, 1, 1])
+    terms = build_objective(options("--class_head", "2k", "--r1", 0.3, "--r1_on", "whole"))
+    penalty = terms.penalty(discriminator, torch.randn(4, 1, 16, 16), labels)
+    slopes = discriminator.slopes[0] + discriminator.slopes[1 + labels] - discriminator.slopes[4 + labels]
+    torch.testing.assert_close(penalty, 0.3 / 2 * 4 * slopes.square().sum(1).mean())  # log C[y] - log C[y + K]: linear
+    penalty.backward()
+    assert discriminator.slopes.grad[1:].abs().sum() > 0
 
 
 def test_norm_and_dropout_of_d_can_be_off():

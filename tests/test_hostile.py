@@ -68,6 +68,7 @@ HOSTILE = [  # the command line, and a part of the line that it must print
     ("acgan 3", "unrecognized arguments: 3"),
     ("acgan --device tpu", "--device: invalid choice: 'tpu'"),
     ("acgan --device cpu --cuda", "--cuda: not allowed with argument --device"),
+    ("acgan --r1 0.2 --r1_on whole", "--r1_on: whole needs --r1 above 0 and --class_head 2k"),
     ("acgan --class_head 2k --fake_class_loss off", "--fake_class_loss: off leaves half of --class_head 2k untrained"),
     ("acgan --recipe worst", "--recipe: invalid choice: 'worst'"),
     ("acgan --r1 -1", "--r1: '-1' is not a number of 0 or more"),
