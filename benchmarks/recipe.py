@@ -41,6 +41,7 @@ PROTOTYPE = shlex.split(
     "--lr 0.002 --b1 0 --b2 0.99 --ema 0.999"
 )
 BOTH = [*PROTOTYPE, "--conditioning", "both", "--lr", "0.004"]
+WHOLE = [*BOTH, "--d_deviation", "class", "--r1_on", "whole"]
 VARIANTS = {  # name: batches, flags
     "faithful": (1000, []),
     "prototype": (1000, PROTOTYPE),
@@ -72,6 +73,10 @@ VARIANTS = {  # name: batches, flags
     "both, deviation within a class": (1000, [*BOTH, "--d_deviation", "class"]),
     "both, deviation within a class, 2000": (2000, [*BOTH, "--d_deviation", "class"]),
     "both, wide D, minibatch deviation": (1000, [*BOTH, "--d_width", "2", "--d_deviation", "on"]),
+    "whole R1 0.05, 2000": (2000, [*WHOLE, "--r1", "0.05"]),
+    "whole R1 0.01, 2000": (2000, [*WHOLE, "--r1", "0.01"]),
+    "whole R1 0.2, 2000": (2000, [*WHOLE, "--r1", "0.2"]),
+    "whole R1 0.05, wide D, 2000": (2000, [*WHOLE, "--r1", "0.05", "--d_width", "2"]),
 }
 
 
