@@ -9,7 +9,7 @@ from pathlib import Path
 
 from utils import BadInput, Stopped, announce, catch_signals, check_writable, out_of_memory, print_line, rank
 
-BUNDLED_GENERATOR = Path(__file__).resolve().parent / "weights" / "acgan_gen.pth"
+BUNDLED_GENERATOR = Path(__file__).resolve().parent / "weights" / "best.pth"
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -77,7 +77,7 @@ def add_weights_flag(parser) -> None:
         return Path(text) / "acgan_gen_ema.pth" if os.path.isdir(text) else Path(text)
 
     parser.add_argument("--weights", type=find, default=BUNDLED_GENERATOR, metavar="PATH",
-                        help="a weight file, or a run's folder for its EMA weights (default: bundled)")  # fmt: skip
+                        help="a weight file, or a run's folder for its EMA weights (default: best.pth)")  # fmt: skip
 
 
 def report_error(prog: str, line: str) -> None:
