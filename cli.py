@@ -77,7 +77,7 @@ def add_weights_flag(parser) -> None:
         return Path(text) / "acgan_gen_ema.pth" if os.path.isdir(text) else Path(text)
 
     parser.add_argument("--weights", type=find, default=BUNDLED_GENERATOR, metavar="PATH",
-                        help="a weight file, or a run's folder for its EMA weights (default: best.pth)")  # fmt: skip
+                        help="a weight file, or a run's folder, for its EMA (default: weights/best.pth)")  # fmt: skip
 
 
 def report_error(prog: str, line: str) -> None:

@@ -280,8 +280,9 @@ def main() -> None:
     way.add_argument("--fold", action="store_true", help="ours with folded upsampling where it is compiled, too")
     parser.add_argument("--isa", choices=["native", "avx2"], default="native",
                         help="instructions for both sides; avx2 is emulated (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--busy", action="store_true", help="ours alone, beside a busy process and without")
-    parser.add_argument("--until_epoch", type=int, metavar="N", help="ours alone: the seconds to the end of epoch N")
+    alone = parser.add_mutually_exclusive_group()
+    alone.add_argument("--busy", action="store_true", help="ours alone, beside a busy process and without")
+    alone.add_argument("--until_epoch", type=int, metavar="N", help="ours alone: the seconds to the end of epoch N")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON instead of the table")
     form.add_argument("--markdown", action="store_true", help="print the table as Markdown")
@@ -292,6 +293,8 @@ def main() -> None:
         return run_side(opt, device)
 
     if opt.until_epoch:
+        if opt.plain or opt.fold or opt.isa != "native":
+            parser.error("--until_epoch runs the command as it is typed: drop --plain, --fold and --isa")
         return print(json.dumps(time_to_picture(opt), indent=2))
     if opt.busy:
         return print(json.dumps(beside_a_busy_process(opt), indent=2))
