@@ -20,7 +20,8 @@ DEPARTURES = ("recipe", "class_loss", "bn_eps", "conditioning", "fake_class_loss
 RECIPES = {
     "faithful": {},
     "best": dict(class_loss="logits", bn_eps=1e-5, conditioning="both", class_head="2k", d_norm="none", d_dropout=0.0,
-                 d_deviation="on", r1=0.2, lr_schedule="linear", lr=0.004, b1=0.0, b2=0.99, ema=0.999),
+                 d_deviation="class", r1=0.05, r1_on="whole", lr_schedule="linear", lr=0.004, b1=0.0, b2=0.99,
+                 ema=0.999),
 }
 # fmt: on
 
@@ -70,7 +71,10 @@ def apply_recipe(parser: argparse.ArgumentParser, argv: list[str]) -> None:
 
 
 def check_departures(opt: argparse.Namespace) -> None:
-    """Raise BadInput for switches that contradict each other, and for no weights to start from."""
+    """Raise BadInput for switches that contradict each other, and for no weights to start from.
+
+    A recipe's --r1_on gives way to a flag beside it that leaves it nothing to act on.
+    """
     if opt.init_from and not opt.init_from.exists():
         raise BadInput(
             f"argument --init_from: there is no {str(opt.init_from)!r}: name a run's folder or a weight file"
@@ -78,7 +82,9 @@ def check_departures(opt: argparse.Namespace) -> None:
     if opt.class_head == "2k" and opt.fake_class_loss == "off":
         raise BadInput("argument --fake_class_loss: off leaves half of --class_head 2k untrained: drop one of the two")
     if opt.r1_on == "whole" and (not opt.r1 or opt.class_head != "2k"):
-        raise BadInput("argument --r1_on: whole needs --r1 above 0 and --class_head 2k: add both, or drop it")
+        if RECIPES[opt.recipe].get("r1_on") != "whole":
+            raise BadInput("argument --r1_on: whole needs --r1 above 0 and --class_head 2k: add both, or drop it")
+        opt.r1_on = "validity"
 
 
 def build_networks(opt: argparse.Namespace, device: torch.device):

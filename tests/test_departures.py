@@ -257,7 +257,9 @@ def test_recipe_sets_defaults_and_a_flag_beside_it_wins():
     assert {name: getattr(best, name) for name in RECIPES["best"]} == RECIPES["best"]
     assert (mixed.r1, mixed.lr, mixed.class_head) == (3, 0.5, best.class_head)
     shown = call(acgan.main, "--recipe", "best", "--help").out
-    assert re.search(r"--r1 GAMMA .*\(default:\s+0\.2\)", " ".join(shown.split()))
+    assert re.search(r"--r1 GAMMA .*\(default:\s+0\.05\)", " ".join(shown.split()))
+    for without in (["--r1", 0], ["--class_head", "aux"]):  # nothing is left for the recipe's --r1_on whole to act on
+        assert options("--recipe", "best", *without).r1_on == "validity"
 
 
 def test_compiled_penalised_run_equals_an_eager_one(train, tmp_path):
