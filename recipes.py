@@ -35,7 +35,7 @@ def add_departure_flags(parser: argparse.ArgumentParser) -> None:
     best = ", ".join(f"--{name} {value}" for name, value in RECIPES["best"].items())
     # fmt: off
     add = parser.add_argument_group("departures from the tutorial").add_argument
-    add("--recipe", choices=list(RECIPES), default="faithful", help="best: far better digits after 1,000 batches; it "
+    add("--recipe", choices=list(RECIPES), default="faithful", help="best: far better digits after 2,000 batches; it "
         f"sets {best}; a flag beside it wins")
     add("--class_loss", choices=["softmax_twice", "logits"], default="softmax_twice",
         help="logits: D returns logits, without the softmax before the cross-entropy")
