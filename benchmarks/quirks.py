@@ -111,9 +111,9 @@ def verdict(intervals: dict[str, tuple[float, float | None]]) -> str:
     up = [SHOWN[key] for key, (mean, half) in intervals.items() if mean > half]
     down = [SHOWN[key] for key, (mean, half) in intervals.items() if -mean > half]
     if up and down:
-        return f"a trade: {' and '.join(up)} up, {' and '.join(down)} down"
+        return f"a trade: {', '.join(up)} up; {', '.join(down)} down"
     if up or down:
-        return f"**{'helps' if up else 'harms'}**: {' and '.join(up or down)} {'up' if up else 'down'}"
+        return f"**{'helps' if up else 'harms'}**: {', '.join(up or down)} {'up' if up else 'down'}"
     return "no difference that this study can see"
 
 
@@ -147,10 +147,10 @@ def report(rows: list[dict], points: tuple[int, ...]) -> str:
         "# The quirk study",
         "",
         "What does each departure from the tutorial do to the digits? `python -m benchmarks.quirks` trains every",
-        f"variant with the same seeds ({', '.join(map(str, seeds))}) for {last:,} batches of 64 images and scores the",
-        "EMA of G on the test digits, as `evaluate.py` does, but on 5,000 images. It writes this page and the picture",
-        "from `benchmarks/quirks.jsonl`. A difference is that to the faithful run of the same seed: its mean over the",
-        "seeds and a 95 % interval (Student's t). Of so many intervals one or two miss 0 by chance.",
+        f"variant with the same seeds ({', '.join(map(str, seeds))}) for {last:,} batches of 64 images and scores",
+        "the EMA of G on the test digits, as `evaluate.py` does, but on 5,000 images. It writes this page and the",
+        "picture from `benchmarks/quirks.jsonl`. A difference is that to the faithful run of the same seed: its",
+        "mean over the seeds and a 95 % interval (Student's t). Of so many intervals one or two miss 0 by chance.",
         "",
         "![Agreement and coverage over the batches](../images/quirks.png)",
         "",

@@ -82,8 +82,8 @@ def test_verdicts_follow_from_the_intervals():
     nothing = (0.01, 0.02)
     assert of(nothing, nothing, (-0.01, 0.02)) == "no difference that this study can see"
     assert of((0.03, 0.02), nothing, nothing) == "**helps**: agreement up"
-    assert of(nothing, (-0.03, 0.02), (-0.5, 0.1)) == "**harms**: coverage and CAS down"
-    assert of((0.03, 0.02), (-0.03, 0.02), nothing) == "a trade: agreement up, coverage down"
+    assert of(nothing, (-0.03, 0.02), (-0.5, 0.1)) == "**harms**: coverage, CAS down"
+    assert of((0.03, 0.02), (-0.03, 0.02), nothing) == "a trade: agreement up; coverage down"
     assert of((0.5, None), (0.5, None), (0.5, None)) == "one seed only: undecided"
 
 
