@@ -4,6 +4,7 @@ import json
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tqdm import tqdm
@@ -11,6 +12,7 @@ from tqdm import tqdm
 import acgan
 from models import save_network, update_ema
 from training.checkpoint import NEWEST
+from utils import choose_device
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,17 +39,28 @@ def append_rows(path: Path, rows: list[dict]) -> None:
         file.write(b"\n" * cut_off + "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def run_cells(module: str, cells: list[tuple], *arguments) -> None:
-    """Run `python -m benchmarks.MODULE --cell ...` for each cell, one at a time, in a process of its own.
+def run_cells(module: str, cells: list[tuple], *arguments, jobs: int = 1) -> None:
+    """Run `python -m benchmarks.MODULE --cell ...` for each cell in a process of its own, `jobs` of them at a time.
 
-    Two at once on two cores are many times slower than one after the other. Raises SystemExit if a process fails.
+    More than one helps on a GPU alone: two on two CPU cores are many times slower than one after the other. Raises
+    SystemExit if a process fails; those that run then end first.
     """
-    for cell in tqdm(cells, unit="cell"):
+
+    def run(cell) -> None:
         command = [sys.executable, "-m", f"benchmarks.{module}", *arguments, "--cell", *cell]
         status = subprocess.run([str(part) for part in command], cwd=ROOT).returncode
         if status:
             name = ", ".join(str(part) for part in cell)
             raise SystemExit(f"{module}.py: error: {name} ended with status {status}; what is done is kept")
+
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(cells), unit="cell") as bar:
+        try:
+            for cell in as_completed([pool.submit(run, cell) for cell in cells]):
+                cell.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def train_cell(flags: list[str], seed: int, points: tuple[int, ...], folder: Path) -> None:
@@ -69,7 +82,8 @@ def train_cell(flags: list[str], seed: int, points: tuple[int, ...], folder: Pat
     if (folder / NEWEST).exists():
         argv = ["--resume", folder]
     else:
-        argv = ["--out_dir", folder, "--seed", seed, "--sample_interval", 100_000, "--compile", "on", *flags]
+        compile = "on" if choose_device("auto")[0].type == "cpu" else "off"
+        argv = ["--out_dir", folder, "--seed", seed, "--sample_interval", 100_000, "--compile", compile, *flags]
     if status := acgan.main([str(word) for word in [*argv, "--max_steps", points[-1]]]):
         sys.exit(status)
 

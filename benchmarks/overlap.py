@@ -25,7 +25,7 @@ from drawing import draw_set
 from evaluation.judge import judge_images, load_judge
 from models import load_network
 from training.speed import tune_process
-from utils import atomic_write
+from utils import atomic_write, choose_device
 
 ROWS = ROOT / "benchmarks" / "overlap.jsonl"
 BATCHES = 3000
@@ -57,11 +57,11 @@ def run_cell(name: str, seed: int, opt: argparse.Namespace) -> None:
     acgan.load_dataset = lambda *args, **kwargs: overlapping(load_dataset(*args, **kwargs))
     folder = opt.work / f"overlap_{name.replace(' ', '_')}_{seed}"
     train_cell([*VARIANTS[name], *opt.flags], seed, (opt.batches,), folder)
-    tune_process(torch.device("cpu"))
-    generator = load_network(folder / f"ema_{opt.batches}.pth").eval()
+    tune_process(device := choose_device("auto")[0])
+    generator = load_network(folder / f"ema_{opt.batches}.pth", device).eval()
     labels = torch.arange(len(CLASSES)).repeat(COUNTED)
     images = draw_set(generator, labels, seed=0)
-    seen, shares = judge_images(load_judge(None), images)[1], {}
+    seen, shares = judge_images(load_judge(None, device), images)[1], {}
     for label, (letter, own) in enumerate(CLASSES.items()):
         drawn = seen[labels == label]
         shares[letter] = {str(digit): round((drawn == digit).double().mean().item(), 4) for digit in own}
@@ -102,6 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--seeds", type=int, default=3, help="seeds of each variant (default: %(default)s)")
+    add("--jobs", type=int, default=1, help="cells at a time; more help on a GPU alone (default: %(default)s)")
     add("--batches", type=int, default=BATCHES, help="batches of each run (default: %(default)s)")
     add("--work", type=Path, default=Path(tempfile.gettempdir()) / "acgan_overlap",
         help="folder of the runs in progress (default: %(default)s)")  # fmt: skip
@@ -114,7 +115,7 @@ def main() -> None:
         return run_cell(opt.cell[0], int(opt.cell[1]), opt)
     done = {(row["name"], row["seed"]) for row in read_rows(opt.rows)}
     cells = [(name, seed) for seed in range(opt.seeds) for name in VARIANTS if (name, seed) not in done]
-    run_cells("overlap", cells, *sys.argv[1:])
+    run_cells("overlap", cells, *sys.argv[1:], jobs=opt.jobs)
     grids = [grid_path(opt.work, name) for name in VARIANTS]
     if all(grid.exists() for grid in grids):
         pictures = [to_tensor(Image.open(grid)) for grid in grids]

@@ -7,7 +7,8 @@
 
 Each cell, a variant with a seed, trains `acgan.py` and keeps G and its EMA after some numbers of batches. Both are then
 scored on the test digits by the bundled judge. All variants of seed 0 run first, then those of seed 1, so that a table
-stands after each seed. A run that was killed is resumed from its checkpoint.
+stands after each seed. A run that was killed is resumed from its checkpoint. Differences are those of one seed, so all
+variants of a seed belong on one machine; with a GPU, whose noise is another, begin with a new seed, or with no rows.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from evaluation.judge import load_judge
 from evaluation.scorecard import QUICK
 from models import Generator, load_network
 from training.speed import tune_process
-from utils import atomic_write
+from utils import atomic_write, choose_device
 
 POINTS = (500, 1000, 3000)  # batches after which G is scored; the last ends the run
 LONG = (4690, 9380, 14_070, 18_760, 23_450)  # batches: 5, 10, 15, 20 and 25 epochs
@@ -75,7 +76,8 @@ def score(generator: Generator, real: metrics.Judged, judge, per_class: int, wit
                   intra_fid=metrics.intra_fid(real, shown, n_classes), density=density, coverage=coverage)  # fmt: skip
     if with_cas:
         cas_set = images, labels, real.images, real.labels
-        scores["cas"] = metrics.classification_accuracy_score(*cas_set, QUICK.cas_epochs, 0, "cpu")
+        device = next(generator.parameters()).device
+        scores["cas"] = metrics.classification_accuracy_score(*cas_set, QUICK.cas_epochs, 0, device)
     return {name: round(value, 5) for name, value in scores.items()}
 
 
@@ -83,14 +85,15 @@ def run_cell(name: str, seed: int, opt: argparse.Namespace) -> None:
     """Train and score one cell in this process, and append its rows: one for each number of batches."""
     folder = opt.work / f"{name.replace(' ', '_')}_{opt.points[-1]}_{seed}"
     train_cell([*VARIANTS[name], *opt.flags], seed, opt.points, folder)
-    tune_process(torch.device("cpu"))
-    judge, rows = load_judge(None), []
+    tune_process(device := choose_device("auto")[0])
+    judge, rows = load_judge(None, device), []
     real = metrics.show_to(judge, *load_train_and_test("mnist", None, None, 32)[1][:2])
     for point in opt.points:
         row = dict(name=name, seed=seed, batches=point)
         for which in ("ema", "raw"):
             with_cas = which == "ema" and point >= CAS_FROM
-            row[which] = score(load_network(folder / f"{which}_{point}.pth"), real, judge, opt.scored, with_cas)
+            generator = load_network(folder / f"{which}_{point}.pth", device)
+            row[which] = score(generator, real, judge, opt.scored, with_cas)
         rows.append(row)
     append_rows(opt.rows, rows)
     shutil.rmtree(folder)
@@ -227,6 +230,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--seeds", type=int, default=5, help="seeds of each variant (default: %(default)s)")
+    add("--jobs", type=int, default=1, help="cells at a time; more help on a GPU alone (default: %(default)s)")
     add("--only", action="append", choices=list(VARIANTS), help="only this variant; may be repeated (default: all)")
     add("--long", action="store_true", help="faithful and best, seed 0, for 25 epochs, scored every 5")
     add("--report", action="store_true", help="run nothing, only write page and plot from the rows")
@@ -253,7 +257,7 @@ def main() -> None:
         done = {(row["name"], row["seed"], row["batches"]) for row in read_rows(opt.rows)}
         cells = [(name, seed) for seed in range(1 if opt.long else opt.seeds) for name in names
                  if any((name, seed, point) not in done for point in opt.points)]  # fmt: skip
-        run_cells("quirks", cells, *sys.argv[1:])
+        run_cells("quirks", cells, *sys.argv[1:], jobs=opt.jobs)
     write_report(opt)
 
 

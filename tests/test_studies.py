@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import small
@@ -20,7 +22,10 @@ from benchmarks import quirks
 small.watch()
 acgan.load_dataset = small.few(64)
 quirks.load_train_and_test = lambda *args: (None, small.few(300)("mnist", None, 32))
-quirks.run_cells = lambda module, cells, *argv: [quirks.run_cell(*cell, quirks.parse_args(argv)) for cell in cells]
+def run_cells(module, cells, *argv, jobs):
+    for cell in cells:
+        quirks.run_cell(*cell, quirks.parse_args(argv))
+quirks.run_cells = run_cells
 quirks.main()
 """
 NETWORK = "--batch_size 8 --latent_dim 4 --compile off --device cpu --checkpoint_interval 2"
@@ -55,6 +60,31 @@ def test_a_killed_study_goes_on_to_the_same_table(tmp_path):
     assert (killed / "page.md").read_text() == page and "| best | 4 | 2 |" in page
     assert (whole / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert list((whole / "work").iterdir()) == []  # runs that have their rows are removed
+
+
+def test_as_many_cells_as_asked_for_run_at_once(monkeypatch):
+    two_at_once = threading.Barrier(2, timeout=20)  # breaks if one of them is alone
+
+    def run(command, cwd):
+        two_at_once.wait()
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(cells.subprocess, "run", run)
+    cells.run_cells("quirks", [("faithful", seed) for seed in range(4)], jobs=2)
+
+
+def test_a_cell_that_fails_ends_the_study(monkeypatch):
+    started = []
+
+    def run(command, cwd):
+        started.append(command[-1])
+        time.sleep(0.1 * (len(started) > 2))  # while it is seen that the second failed
+        return subprocess.CompletedProcess(command, 1 if command[-1] == "1" else 0)
+
+    monkeypatch.setattr(cells.subprocess, "run", run)
+    with pytest.raises(SystemExit, match="quirks.py: error: faithful, 1 ended with status 1"):
+        cells.run_cells("quirks", [("faithful", seed) for seed in range(30)])
+    assert started[:2] == ["0", "1"] and len(started) < 30
 
 
 def test_intervals_against_hand_computed_ones():
