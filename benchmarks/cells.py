@@ -4,7 +4,8 @@ import json
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
@@ -12,7 +13,6 @@ from tqdm import tqdm
 import acgan
 from models import save_network, update_ema
 from training.checkpoint import NEWEST
-from utils import choose_device
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,24 +43,23 @@ def run_cells(module: str, cells: list[tuple], *arguments, jobs: int = 1) -> Non
     """Run `python -m benchmarks.MODULE --cell ...` for each cell in a process of its own, `jobs` of them at a time.
 
     More than one helps on a GPU alone: two on two CPU cores are many times slower than one after the other. Raises
-    SystemExit if a process fails; those that run then end first.
+    SystemExit if a process fails, or was stopped; no other begins then, and those that run end first.
     """
+    failed = threading.Event()
 
     def run(cell) -> None:
+        if failed.is_set():
+            return
         command = [sys.executable, "-m", f"benchmarks.{module}", *arguments, "--cell", *cell]
         status = subprocess.run([str(part) for part in command], cwd=ROOT).returncode
         if status:
+            failed.set()
             name = ", ".join(str(part) for part in cell)
             raise SystemExit(f"{module}.py: error: {name} ended with status {status}; what is done is kept")
 
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(cells), unit="cell") as bar:
-        try:
-            for cell in as_completed([pool.submit(run, cell) for cell in cells]):
-                cell.result()
-                bar.update()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with ThreadPoolExecutor(jobs) as pool:
+        for _ in tqdm(pool.map(run, cells), total=len(cells), unit="cell"):
+            pass
 
 
 def train_cell(flags: list[str], seed: int, points: tuple[int, ...], folder: Path) -> None:
@@ -82,8 +81,7 @@ def train_cell(flags: list[str], seed: int, points: tuple[int, ...], folder: Pat
     if (folder / NEWEST).exists():
         argv = ["--resume", folder]
     else:
-        compile = "on" if choose_device("auto")[0].type == "cpu" else "off"
-        argv = ["--out_dir", folder, "--seed", seed, "--sample_interval", 100_000, "--compile", compile, *flags]
+        argv = ["--out_dir", folder, "--seed", seed, "--sample_interval", 100_000, *flags]
     if status := acgan.main([str(word) for word in [*argv, "--max_steps", points[-1]]]):
         sys.exit(status)
 

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 import small
@@ -78,13 +77,12 @@ def test_a_cell_that_fails_ends_the_study(monkeypatch):
 
     def run(command, cwd):
         started.append(command[-1])
-        time.sleep(0.1 * (len(started) > 2))  # while it is seen that the second failed
         return subprocess.CompletedProcess(command, 1 if command[-1] == "1" else 0)
 
     monkeypatch.setattr(cells.subprocess, "run", run)
     with pytest.raises(SystemExit, match="quirks.py: error: faithful, 1 ended with status 1"):
         cells.run_cells("quirks", [("faithful", seed) for seed in range(30)])
-    assert started[:2] == ["0", "1"] and len(started) < 30
+    assert started == ["0", "1"]
 
 
 def test_intervals_against_hand_computed_ones():
