@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from upsampling import UpsampleConv2d
+from convolutions import NarrowConv2d, UpsampleConv2d
 from utils import BadInput, atomic_write, load_data
 
 
@@ -51,7 +51,7 @@ class Generator(nn.Module):
             UpsampleConv2d(128, 64),  #                 (B, 64, s, s)
             nn.BatchNorm2d(64, bn_eps),
             nn.LeakyReLU(0.2, inplace=True),
-            nn.Conv2d(64, channels, 3, stride=1, padding=1),  # (B, channels, s, s)
+            NarrowConv2d(64, channels),  # (B, channels, s, s)
             nn.Tanh(),
         )
 

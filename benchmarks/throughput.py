@@ -36,9 +36,9 @@ sys.path.insert(0, str(ROOT))
 
 import acgan  # noqa: E402 (needs the path above)
 from benchmarks.plain import plain_generator  # noqa: E402
+from convolutions import NarrowConv2d, UpsampleConv2d  # noqa: E402
 from data import builtin  # noqa: E402
 from models import Discriminator, Generator, weights_init_normal  # noqa: E402
-from upsampling import UpsampleConv2d  # noqa: E402
 
 # What keeps PyTorch, oneDNN and MKL from AVX-512. Compiled code is kept apart: it would crash a process without these.
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
@@ -156,10 +156,12 @@ def run_side(opt, device: torch.device) -> None:
         return plain_generator(generator), *others
 
     acgan.RunRecord, build_networks = TimedRecord, acgan.build_networks
-    if opt.plain:
+    if opt.without == "fold":
         acgan.build_networks = build_plain
-    if opt.fold:
+    if opt.without == "share":
         UpsampleConv2d.share = UpsampleConv2d.fold
+    if opt.without == "sum_taps":
+        NarrowConv2d.sum_taps = torch.nn.Conv2d.forward
     with tempfile.TemporaryDirectory() as out_dir:
         sys.exit(acgan.main(["--out_dir", out_dir, "--device", device.type, *opt.flags]))
 
@@ -169,7 +171,7 @@ class Side:
 
     def __init__(self, name: str, opt):
         command = [sys.executable, __file__, "--side", name, "--device", opt.device, "--batches", str(opt.batches)]
-        command += ["--workers", str(opt.workers), *["--plain"] * opt.plain, *["--fold"] * opt.fold, *opt.flags]
+        command += ["--workers", str(opt.workers), *without_flag(opt), *opt.flags]
         env = os.environ | (AVX2 if opt.isa == "avx2" else {})
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         self.memory = self.read()["memory"]  # also the end of its warm-up
@@ -191,6 +193,10 @@ class Side:
     def stop(self) -> None:
         self.process.stdin.close()
         self.process.wait()
+
+
+def without_flag(opt) -> list[str]:
+    return ["--without", opt.without] if opt.without else []
 
 
 def multiply_adds() -> float:
@@ -275,9 +281,12 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=60, help="timed batches a round (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=8, help="the tutorial's --n_cpu (default: %(default)s)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(default: %(default)s)")
-    way = parser.add_mutually_exclusive_group()
-    way.add_argument("--plain", action="store_true", help="ours with the tutorial's upsampling, then convolution")
-    way.add_argument("--fold", action="store_true", help="ours with folded upsampling where it is compiled, too")
+    parser.add_argument(
+        "--without",
+        choices=["sum_taps", "share", "fold"],
+        help="ours without one of the fast ways in "
+        "convolutions.py; fold: with the tutorial's upsampling, then convolution (default: with all)",
+    )
     parser.add_argument("--isa", choices=["native", "avx2"], default="native",
                         help="instructions for both sides; avx2 is emulated (default: %(default)s)")  # fmt: skip
     alone = parser.add_mutually_exclusive_group()
@@ -293,8 +302,8 @@ def main() -> None:
         return run_side(opt, device)
 
     if opt.until_epoch:
-        if opt.plain or opt.fold or opt.isa != "native":
-            parser.error("--until_epoch runs the command as it is typed: drop --plain, --fold and --isa")
+        if opt.without or opt.isa != "native":
+            parser.error("--until_epoch runs the command as it is typed: drop --without and --isa")
         return print(json.dumps(time_to_picture(opt), indent=2))
     if opt.busy:
         return print(json.dumps(beside_a_busy_process(opt), indent=2))
@@ -321,7 +330,7 @@ def main() -> None:
         "torch": torch.__version__,
         "isa": "AVX2, emulated" if opt.isa == "avx2" else torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "flags": ["--plain"] * opt.plain + ["--fold"] * opt.fold + opt.flags,
+        "flags": without_flag(opt) + opt.flags,
         "batches_per_second": {name: spread(values) for name, values in per_second.items()},
         "ratio": spread(ratios),
         "peak_memory_MiB": {name: side.memory for name, side in sides.items()},

@@ -9,7 +9,7 @@ COMMANDS = ("acgan", "generate", "evaluate", "train_judge")
 # each floor may import those before it, and itself
 FLOORS = [
     ("early_interrupt", "utils"),
-    ("upsampling",),
+    ("convolutions",),
     ("models",),
     ("drawing",),
     ("data",),

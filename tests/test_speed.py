@@ -10,29 +10,32 @@ from torch import nn
 
 import acgan
 from benchmarks.plain import plain_generator
+from convolutions import NarrowConv2d, UpsampleConv2d
 from data.batches import Batches
 from drawing import draw_labels, draw_noise
 from models import Discriminator, Generator, load_network, weights_init_normal
 from training import speed
-from upsampling import UpsampleConv2d
 
 SMALL = ["--seed", 3, "--batch_size", 24, "--img_size", 16, "--log_interval", 1]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 4), (7, 7), (8, 8), (5, 9), (16, 16)])
 @pytest.mark.parametrize(("in_channels", "out_channels"), [(1, 1), (3, 5), (128, 64)])
-@pytest.mark.parametrize("way", ["fold", "share"])
-def test_both_ways_of_upsampling_equal_the_plain_pair(size, in_channels, out_channels, way):
+@pytest.mark.parametrize("way", ["fold", "share", "sum_taps"])
+def test_fast_ways_to_convolve_equal_the_plain_one(size, in_channels, out_channels, way):
     torch.manual_seed(0)
-    layer = UpsampleConv2d(in_channels, out_channels).double()
-    plain = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(in_channels, out_channels, 3, padding=1)).double()
-    plain[1].load_state_dict(layer.state_dict())  # the same names and shapes
+    plain = nn.Conv2d(in_channels, out_channels, 3, padding=1).double()
+    layer = (NarrowConv2d if way == "sum_taps" else UpsampleConv2d)(in_channels, out_channels).double()
+    layer.load_state_dict(plain.state_dict())  # the same names and shapes
     x = torch.randn(2, in_channels, *size, dtype=torch.float64)
-    target = torch.randn(2, out_channels, 2 * size[0], 2 * size[1], dtype=torch.float64)
     results = []
-    for module, function in ((layer, getattr(layer, way)), (plain, plain)):
+    for module in (layer, plain):
         inputs = x.clone().requires_grad_()
-        out = function(inputs)
+        if module is layer:
+            out = getattr(layer, way)(inputs)
+        else:
+            out = plain(inputs if way == "sum_taps" else nn.functional.interpolate(inputs, scale_factor=2))
+        target = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out)
         nn.functional.mse_loss(out, target).backward()
         results.append([out, inputs.grad, *(parameter.grad for parameter in module.parameters())])
     for ours, theirs in zip(*results, strict=True):

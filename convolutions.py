@@ -1,4 +1,4 @@
-"""An upsampling and the convolution after it as one layer, with a fraction of the multiplications."""
+"""G's convolutions as layers with PyTorch's parameters and results, computed in less time."""
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +37,7 @@ class UpsampleConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map float (B, in_channels, h, w) to (B, out_channels, 2h, 2w)."""
-        joined = torch.compiler.is_compiling() and x.device.type == "cpu"
-        return self.share(x) if joined and not torch.is_autocast_enabled("cpu") else self.fold(x)
+        return self.share(x) if compiles_for_cpu(x) else self.fold(x)
 
     def fold(self, x: torch.Tensor) -> torch.Tensor:
         """Do what forward does by one transposed convolution."""
@@ -144,7 +143,8 @@ class SharedProducts(torch.autograd.Function):
 @torch.library.custom_op("acgan::multiply", mutates_args=())
 def multiply(pixels: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
     """Multiply (B, h, w, N, C) by (N, O, C), both float: N matrix products, (B, h, w, N, O)."""
-    image = pixels.flatten(3).permute(0, 3, 1, 2)  # (B, N * C, h, w), channels last: a grouped 1x1 convolution
+    # a grouped 1x1 convolution, channels last, of one high image: a little faster than of many small ones
+    image = pixels.flatten(3).flatten(0, 1)[None].permute(0, 3, 1, 2)  # (1, N * C, B * h, w)
     out = F.conv2d(image, kernels.reshape(-1, kernels.shape[2], 1, 1), groups=len(kernels))
     return out.permute(0, 2, 3, 1).reshape(*pixels.shape[:4], -1)
 
@@ -163,3 +163,52 @@ def multiply_back(grad: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
 @multiply_back.register_fake
 def _(grad, pixels):
     return pixels.new_empty(*grad.shape[3:], pixels.shape[4])
+
+
+class NarrowConv2d(nn.Conv2d):
+    """Conv2d(3x3, padding=1) to few channels, too few to fill the vectors of a library's convolution.
+
+    `sum_taps`: each pixel is multiplied by all nine taps of the kernel at once, and the nine results are shifted and
+    added; for compiled networks, as above.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3, stride=1, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map float (B, in_channels, h, w) to (B, out_channels, h, w)."""
+        return self.sum_taps(x) if compiles_for_cpu(x) else super().forward(x)
+
+    def sum_taps(self, x: torch.Tensor) -> torch.Tensor:
+        """Do what forward does by one matrix product."""
+        taps = self.weight.permute(2, 3, 0, 1).reshape(-1, self.in_channels, 1, 1)
+        return ShiftedSum.apply(x, taps) + self.bias[:, None, None]
+
+
+class ShiftedSum(torch.autograd.Function):
+    """`sum_taps` for taps, float (9 * out, in, 1, 1), of an image, float (B, in, h, w). Its gradient is written out."""
+
+    @staticmethod
+    def forward(ctx, x, taps):
+        ctx.save_for_backward(x, taps)
+        products = F.conv2d(x, taps).unflatten(1, (9, -1)).unbind(1)
+        return sum(shifted(product, 1 - tap // 3, 1 - tap % 3) for tap, product in enumerate(products))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, taps = ctx.saved_tensors
+        products = torch.cat([shifted(grad, tap // 3 - 1, tap % 3 - 1) for tap in range(9)], 1)
+        to_taps = products.transpose(0, 1).flatten(1) @ x.permute(0, 2, 3, 1).flatten(0, 2)
+        return F.conv2d(products, taps.transpose(0, 1)), to_taps[:, :, None, None]
+
+
+def shifted(x, down: int, right: int):
+    """Shift images, (B, C, h, w), by at most one pixel along each axis; zeros come in."""
+    h, w = x.shape[2:]
+    return F.pad(x, (1, 1, 1, 1))[:, :, 1 - down : 1 - down + h, 1 - right : 1 - right + w]
+
+
+def compiles_for_cpu(x) -> bool:
+    """Say whether a compiler reads this, for float32 on a CPU: only it joins many sums, and so makes them cheap."""
+    compiles = torch.compiler.is_compiling() and x.device.type == "cpu"
+    return compiles and not torch.is_autocast_enabled("cpu")
