@@ -49,17 +49,16 @@ class UpsampleConv2d(nn.Conv2d):
 
     def share(self, x: torch.Tensor) -> torch.Tensor:
         """Do what forward does by 25 matrix products."""
-        by_column = mixed_kernel(*self.weight.unbind(3))
-        kernels = zip(*(mixed_kernel(*part.unbind(2)) for part in by_column), strict=True)
-        return SharedProducts.apply(x, *grouped(list(kernels), 0)) + self.bias[:, None, None]
+        kernels = on_both_axes(mixed_kernel, [row.unbind(2) for row in self.weight.unbind(2)])
+        return SharedProducts.apply(x, self.bias, *grouped(kernels, 0))
 
 
 # `share` along one axis, and the transposes of its parts for the gradient. Parts come in the order of the products
-# m0, m1, m4, m2 and m3; the last two have their pixels in common, so their kernels and results are joined in one part.
+# m0, m1, m4, m2 and m3; the last two have their pixels in common.
 
 
 def mixed_kernel(w0, w1, w2):
-    return w0, w0 + w1 + w2, w2, torch.cat([w0 - w1 - w2, w0 + w1 - w2])
+    return w0, w0 + w1 + w2, w2, w0 - w1 - w2, w0 + w1 - w2
 
 
 def mixed_pixels(x, axis: int, pairs: int):
@@ -77,26 +76,52 @@ def mixed_pixels_back(g0, g1, g4, g23, axis: int):
     return (g1 - g23) / 2 - g4 + from_before, (g1 + g23) / 2 - g0 + from_behind
 
 
-def outputs(m0, m1, m4, m23):
-    m2, m3 = m23.chunk(2, -1)
+def outputs(m0, m1, m4, m2, m3):
     return m0 + m1 + m2, m1 - m3, m1 - m2, m1 + m3 + m4
 
 
 def outputs_back(y0, y1, y2, y3):
-    return y0, y0 + y1 + y2 + y3, y3, torch.cat([y0 - y2, y3 - y1], -1)
+    return y0, y0 + y1 + y2 + y3, y3, y0 - y2, y3 - y1
 
 
-def grouped(parts, axis: int):
-    """Stack the 4 x 4 parts of both axes in three groups, those with one, two and four kernels each."""
+# With both axes there are 4 x 4 mixed pixels. Nine of them meet one kernel each, six meet two, and one meets four.
+
+
+def grouped_pixels(parts, axis: int):
+    """Stack the 4 x 4 parts in these three groups."""
     single = [part for row in parts[:3] for part in row[:3]]
     double = [*(row[3] for row in parts[:3]), *parts[3][:3]]
     return torch.stack(single, axis), torch.stack(double, axis), parts[3][3].unsqueeze(axis)
 
 
-def by_row(single, double, quadruple):
-    """Return the 4 x 4 parts of what `grouped` has stacked along axis 3."""
-    single, double, (last,) = (group.unbind(3) for group in (single, double, quadruple))
+def ungrouped_pixels(groups):
+    """Return the 4 x 4 parts of what `grouped_pixels` has stacked along axis 3."""
+    single, double, (last,) = (group.unbind(3) for group in groups)
     return [(*single[3 * row : 3 * row + 3], double[row]) for row in range(3)] + [(*double[3:], last)]
+
+
+def grouped(parts, axis: int):
+    """Stack 5 x 5 kernels or products likewise; those of the same pixels come after each other along the next axis."""
+    single = [part for row in parts[:3] for part in row[:3]]
+    double = [part for row in parts[:3] for part in row[3:]]
+    double += [parts[row][column] for column in range(3) for row in (3, 4)]
+    quadruple = [part for row in parts[3:] for part in row[3:]]
+    counts = (single, 1), (double, 2), (quadruple, 4)
+    return [torch.stack(group, axis).unflatten(axis, (-1, n)).flatten(axis + 1, axis + 2) for group, n in counts]
+
+
+def ungrouped(groups):
+    """Return the 5 x 5 parts of what `grouped` has stacked along axis 3."""
+    parts = [group.unflatten(4, (n, -1)).flatten(3, 4).unbind(3) for group, n in zip(groups, (1, 2, 4), strict=True)]
+    single, double, quadruple = parts
+    rows = [(*single[3 * row : 3 * row + 3], *double[2 * row : 2 * row + 2]) for row in range(3)]
+    return [*rows, *((*double[6 + row :: 2], *quadruple[2 * row : 2 * row + 2]) for row in range(2))]
+
+
+def on_both_axes(transform, parts):
+    """Apply `transform` to each column of the parts, then to each row of the results."""
+    by_column = zip(*(transform(*column) for column in zip(*parts, strict=True)), strict=True)
+    return [transform(*row) for row in by_column]
 
 
 class SharedProducts(torch.autograd.Function):
@@ -106,18 +131,17 @@ class SharedProducts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, *kernels):
+    def forward(ctx, x, bias, *kernels):
         batch, _, h, w = x.shape
         rows, columns = (h + 1) // 2, (w + 1) // 2  # of pairs; an odd side ends with one more zero
         # two more axes: what has four or five, the compiler may lay out as it likes images
         padded = F.pad(x.permute(0, 2, 3, 1)[None, None], (0, 0, 1, 1 + w % 2, 1, 1 + h % 2))
-        pixels = grouped([mixed_pixels(row, 4, columns) for row in mixed_pixels(padded, 3, rows)], 5)
+        pixels = grouped_pixels([mixed_pixels(row, 4, columns) for row in mixed_pixels(padded, 3, rows)], 5)
         pixels = [group[0, 0] for group in pixels]
         ctx.save_for_backward(*pixels, *kernels)
         ctx.size = h, w
-        m = by_row(*map(multiply, pixels, kernels))
-        y = zip(*(outputs(*column) for column in zip(*m, strict=True)), strict=True)
-        y = torch.stack([torch.stack(outputs(*row), 3) for row in y], 2)  # (B, rows, 4, columns, 4, out)
+        y = on_both_axes(outputs, ungrouped(list(map(multiply, pixels, kernels))))
+        y = bias + torch.stack([torch.stack(row, 3) for row in y], 2)  # (B, rows, 4, columns, 4, out)
         return y.view(batch, 4 * rows, 4 * columns, -1)[:, : 2 * h, : 2 * w].permute(0, 3, 1, 2)
 
     @staticmethod
@@ -126,15 +150,14 @@ class SharedProducts(torch.autograd.Function):
         (h, w), (batch, rows, columns) = ctx.size, pixels[0].shape[:3]
         y = F.pad(grad.permute(0, 2, 3, 1), (0, 0, 0, 2 * (w % 2), 0, 2 * (h % 2)))
         y = y.reshape(batch, rows, 4, columns, 4, -1)
-        y = [outputs_back(*row.unbind(3)) for row in y.unbind(2)]
-        m = zip(*(outputs_back(*column) for column in zip(*y, strict=True)), strict=True)
-        m = grouped(list(m), 3)
+        m = grouped(on_both_axes(outputs_back, [row.unbind(3) for row in y.unbind(2)]), 3)
         to_kernels = map(multiply_back, m, pixels)
-        parts = by_row(*(multiply(group, kernel.transpose(1, 2)) for group, kernel in zip(m, kernels, strict=True)))
+        parts = ungrouped_pixels([multiply(group, kernel.transpose(1, 2)) for group, kernel in zip(m, kernels)])
         x = zip(*(mixed_pixels_back(*column, 1) for column in zip(*parts, strict=True)), strict=True)
         x = torch.stack([torch.stack(mixed_pixels_back(*row, 2), 3) for row in x], 2)
         x = x.view(batch, 2 * rows, 2 * columns, -1)[:, :h, :w]
-        return x.permute(0, 3, 1, 2), *to_kernels
+        to_bias = m[0][:, :, :, 4].sum((0, 1, 2))  # m1 of both axes has the sums of 16 pixels
+        return x.permute(0, 3, 1, 2), to_bias, *to_kernels
 
 
 # Both are opaque to the compiler, which would copy what they read into the layout of another library call.
