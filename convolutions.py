@@ -205,24 +205,20 @@ class NarrowConv2d(nn.Conv2d):
     def sum_taps(self, x: torch.Tensor) -> torch.Tensor:
         """Do what forward does by one matrix product."""
         taps = self.weight.permute(2, 3, 0, 1).reshape(-1, self.in_channels, 1, 1)
-        return ShiftedSum.apply(x, taps) + self.bias[:, None, None]
+        return ShiftedSum.apply(F.conv2d(x, taps)) + self.bias[:, None, None]
 
 
 class ShiftedSum(torch.autograd.Function):
-    """`sum_taps` for taps, float (9 * out, in, 1, 1), of an image, float (B, in, h, w). Its gradient is written out."""
+    """The sum of nine images, float (B, 9 * out, h, w), each shifted as its tap wants. Its gradient is written out."""
 
     @staticmethod
-    def forward(ctx, x, taps):
-        ctx.save_for_backward(x, taps)
-        products = F.conv2d(x, taps).unflatten(1, (9, -1)).unbind(1)
-        return sum(shifted(product, 1 - tap // 3, 1 - tap % 3) for tap, product in enumerate(products))
+    def forward(ctx, products):
+        parts = products.unflatten(1, (9, -1)).unbind(1)
+        return sum(shifted(part, 1 - tap // 3, 1 - tap % 3) for tap, part in enumerate(parts))
 
     @staticmethod
     def backward(ctx, grad):
-        x, taps = ctx.saved_tensors
-        products = torch.cat([shifted(grad, tap // 3 - 1, tap % 3 - 1) for tap in range(9)], 1)
-        to_taps = products.transpose(0, 1).flatten(1) @ x.permute(0, 2, 3, 1).flatten(0, 2)
-        return F.conv2d(products, taps.transpose(0, 1)), to_taps[:, :, None, None]
+        return torch.cat([shifted(grad, tap // 3 - 1, tap % 3 - 1) for tap in range(9)], 1)
 
 
 def shifted(x, down: int, right: int):
