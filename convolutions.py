@@ -152,7 +152,9 @@ class SharedProducts(torch.autograd.Function):
         y = y.reshape(batch, rows, 4, columns, 4, -1)
         m = grouped(on_both_axes(outputs_back, [row.unbind(3) for row in y.unbind(2)]), 3)
         to_kernels = map(multiply_back, m, pixels)
-        parts = ungrouped_pixels([multiply(group, kernel.transpose(1, 2)) for group, kernel in zip(m, kernels)])
+        parts = ungrouped_pixels(
+            [multiply(group, kernel.transpose(1, 2)) for group, kernel in zip(m, kernels, strict=True)]
+        )
         x = zip(*(mixed_pixels_back(*column, 1) for column in zip(*parts, strict=True)), strict=True)
         x = torch.stack([torch.stack(mixed_pixels_back(*row, 2), 3) for row in x], 2)
         x = x.view(batch, 2 * rows, 2 * columns, -1)[:, :h, :w]
