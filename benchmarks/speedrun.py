@@ -1,7 +1,8 @@
 """How good is `--recipe best` after so many batches from a cold start, and the tutorial's way after the same time?
 
-    python -m benchmarks.speedrun            # runs what benchmarks/speedrun.jsonl lacks; nothing else should run
-    python -m benchmarks.speedrun --table    # mean and range over the seeds, as docs/results.md shows them
+    python -m benchmarks.speedrun                   # runs what benchmarks/speedrun.jsonl lacks; nothing else should run
+    python -m benchmarks.speedrun --batches 1500    # shorter runs, rows of their own
+    python -m benchmarks.speedrun --table           # mean and range over the seeds, as docs/results.md shows them
 
 Each run is the typed command, timed from its start to its end: imports, reading the data, compiling if it does, the
 training, the last files. The number of batches was fixed before the first run. `evaluate.py` then scores the EMA on
@@ -27,14 +28,13 @@ from benchmarks.cells import ROOT, append_rows, read_rows
 from training.checkpoint import read_checkpoint
 
 ROWS = ROOT / "benchmarks" / "speedrun.jsonl"
-BATCHES = 2000
 SCORES = {"cas": "{:.2%}", "agreement": "{:.2%}", "coverage": "{:.3f}", "fid": "{:.3f}", "ms_ssim": "{:.3f}"}
 
 
-def run(recipe: str, seed: int, out_dir: Path, seconds: float | None = None) -> dict:
-    """Train into `out_dir`, for BATCHES batches or until `seconds` have passed, and return a row with its scores."""
+def run(recipe: str, seed: int, out_dir: Path, batches: int, seconds: float | None = None) -> dict:
+    """Train into `out_dir`, for so many batches or until `seconds` have passed, and return a row with its scores."""
     command = [sys.executable, "acgan.py", "--recipe", recipe, "--seed", str(seed), "--out_dir", out_dir]
-    command += [] if seconds else ["--max_steps", str(BATCHES)]
+    command += [] if seconds else ["--max_steps", str(batches)]
     with tempfile.TemporaryDirectory() as cache:  # so that nothing is compiled yet
         start = time.monotonic()
         process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache})
@@ -50,42 +50,56 @@ def run(recipe: str, seed: int, out_dir: Path, seconds: float | None = None) -> 
     card = json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout)
     scores = {name: round(pair["generated"], 5) for name, pair in card["scores"].items()}
     worst = min(row["coverage"]["generated"] for row in card["by_class"].values())
-    machine = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
     return dict(recipe=recipe, seed=seed, batches=read_checkpoint(out_dir)["step"], seconds=round(taken, 1), **scores,
-                worst_coverage=round(worst, 5), machine=f"{platform.machine()}, {machine}")  # fmt: skip
+                worst_coverage=round(worst, 5), machine=machine(), compared_at=batches)  # fmt: skip
+
+
+def machine() -> str:
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, {capability}, torch {torch.__version__}"
 
 
 def table(rows: list[dict]) -> str:
-    """Return mean, lowest and highest over the seeds of each recipe, as Markdown."""
+    """Return mean, lowest and highest over the seeds of each recipe, machine and length, as Markdown."""
     columns = {"seconds": "{:.0f}"} | SCORES
-    lines = [f"| recipe | seeds | batches | {' | '.join(columns)} |", "| --- " * (len(columns) + 3) + "|"]
-    for recipe in dict.fromkeys(row["recipe"] for row in rows):
-        own, cells = [row for row in rows if row["recipe"] == recipe], []
+    lines = [f"| recipe | machine | seeds | batches | {' | '.join(columns)} |", "| --- " * (len(columns) + 4) + "|"]
+
+    def group(row):
+        return row["recipe"], row["machine"], row["compared_at"]
+
+    for key in dict.fromkeys(map(group, rows)):
+        own, cells = [row for row in rows if group(row) == key], []
         for name, form in columns.items():
             values = [row[name] for row in own]
             mean, low, high = (form.format(of(values)) for of in (statistics.mean, min, max))
             cells.append(f"{mean} ({low} to {high})" if len(own) > 1 else mean)
         batches = statistics.mean(row["batches"] for row in own)
-        lines.append(f"| {recipe} | {len(own)} | {batches:,.0f} | {' | '.join(cells)} |")
+        lines.append(f"| {key[0]} | {key[1]} | {len(own)} | {batches:,.0f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5, help="runs of the recipe (default: %(default)s)")
+    parser.add_argument("--batches", type=int, default=2000, help="length of each of them (default: %(default)s)")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep what each run writes here (default: nothing)")
     parser.add_argument("--table", action="store_true", help="print the table of what is there, and run nothing")
     opt = parser.parse_args()
     if opt.table:
         return print(table(read_rows(ROWS)))
-    done = {(row["recipe"], row["seed"]) for row in read_rows(ROWS)}
+
+    def comparable() -> list[dict]:
+        here = machine(), opt.batches
+        return [row for row in read_rows(ROWS) if (row["machine"], row["compared_at"]) == here]
+
+    done = {(row["recipe"], row["seed"]) for row in comparable()}
     runs = [("best", seed) for seed in range(opt.seeds)] + [("faithful", 0)]
     for recipe, seed in tqdm([cell for cell in runs if cell not in done], unit="run"):
         seconds = None
         if recipe == "faithful":
-            seconds = statistics.mean(row["seconds"] for row in read_rows(ROWS) if row["recipe"] == "best")
+            seconds = statistics.mean(row["seconds"] for row in comparable() if row["recipe"] == "best")
         with tempfile.TemporaryDirectory() as temporary:
-            row = run(recipe, seed, (opt.keep or Path(temporary)) / f"{recipe}_{seed}", seconds)
+            row = run(recipe, seed, (opt.keep or Path(temporary)) / f"{recipe}_{seed}", opt.batches, seconds)
         append_rows(ROWS, [row])
 
 
