@@ -118,7 +118,7 @@ def test_without_a_compiler_the_run_continues_and_says_why(start, train, tmp_pat
 
 def test_compiling_is_chosen_by_the_length_of_the_whole_run_on_one_cpu(train, tmp_path, monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert [speed.choose_compile("auto", cpu, 1, n) for n in (2_999, 3_000)] == ["off", "on"]
+    assert [speed.choose_compile("auto", cpu, 1, n) for n in (speed.BREAK_EVEN - 1, speed.BREAK_EVEN)] == ["off", "on"]
     assert speed.choose_compile("auto", cuda, 1, 10**6) == speed.choose_compile("auto", cpu, 2, 10**6) == "off"
     asked = []
     monkeypatch.setattr(speed, "BREAK_EVEN", 30)
