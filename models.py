@@ -51,7 +51,7 @@ class Generator(nn.Module):
             UpsampleConv2d(128, 64),  #                 (B, 64, s, s)
             nn.BatchNorm2d(64, bn_eps),
             nn.LeakyReLU(0.2, inplace=True),
-            NarrowConv2d(64, channels),  # (B, channels, s, s)
+            NarrowConv2d(64, channels),  #              (B, channels, s, s)
             nn.Tanh(),
         )
 

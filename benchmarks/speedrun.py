@@ -1,7 +1,7 @@
 """How good is `--recipe best` after so many batches from a cold start, and the tutorial's way after the same time?
 
     python -m benchmarks.speedrun                   # runs what benchmarks/speedrun.jsonl lacks; nothing else should run
-    python -m benchmarks.speedrun --batches 1500    # shorter runs, rows of their own
+    python -m benchmarks.speedrun --batches 1200    # shorter runs, rows of their own
     python -m benchmarks.speedrun --table           # mean and range over the seeds, as docs/results.md shows them
 
 Each run is the typed command, timed from its start to its end: imports, reading the data, compiling if it does, the

@@ -284,8 +284,7 @@ def main() -> None:
     parser.add_argument(
         "--without",
         choices=["sum_taps", "share", "fold"],
-        help="ours without one of the fast ways in "
-        "convolutions.py; fold: with the tutorial's upsampling, then convolution (default: with all)",
+        help="ours without one of the fast ways in convolutions.py; fold: without any (default: with all)",
     )
     parser.add_argument("--isa", choices=["native", "avx2"], default="native",
                         help="instructions for both sides; avx2 is emulated (default: %(default)s)")  # fmt: skip
