@@ -30,7 +30,7 @@ from evaluation.scorecard import EpochScorer
 from models import update_ema
 from recipes import DEPARTURES, add_departure_flags, apply_recipe, build_networks, build_objective, check_departures
 from training import departures
-from training.checkpoint import NEWEST, Checkpoints, check_nothing_unfinished, describe_last, read_checkpoint, restore
+from training.checkpoint import Checkpoints, check_finished, describe_last, has_checkpoint, read_checkpoint, restore
 from training.distributed import LostRank, Ranks, was_restarted
 from training.record import RunRecord, SilentRecord
 from training.run_folder import check_out_dir
@@ -270,7 +270,7 @@ def start(argv: list[str] | None) -> int:
     """Check everything first, then train. Returns the exit status; raises what cli.run_command reports."""
     opt = parse_args(argv)
     checkpoint = None
-    if opt.resume is not None or (was_restarted() and (opt.out_dir / NEWEST).exists()):
+    if opt.resume is not None or (was_restarted() and has_checkpoint(opt.out_dir)):
         checkpoint = read_checkpoint(opt.out_dir)
         opt = parse_args(argv, checkpoint["options"])
     check_data_root(opt.dataset, opt.data_root)
@@ -283,13 +283,13 @@ def start(argv: list[str] | None) -> int:
         raise BadInput(f"argument --resume: the run has {wanted} ranks, not {opt.world_size}: start as many")
     check_out_dir(opt.out_dir)
     if not checkpoint:
-        check_nothing_unfinished(opt.out_dir)
+        check_finished(opt.out_dir)
     try:
         with ranks.rank_0_first():  # it alone downloads
             data = load_dataset(opt.dataset, opt.data_root, opt.img_size, opt.n_cpu, nearest_folder(opt.out_dir))
         batches = Batches(data, opt.batch_size, ranks.device, ranks, by_class=opt.d_deviation == "class")
         check_data(opt, data, batches, checkpoint)
-        opt.compile = choose_compile(opt.compile, ranks.device, ranks.world_size, opt.total_steps)
+        opt.compile = choose_compile(opt, ranks.device)
         interval = opt.eval_interval * len(batches) if opt.eval_interval and not ranks.rank else None
         scorer = EpochScorer(interval, opt.judge, data, ranks.device)
         if opt.seed is None:

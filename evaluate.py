@@ -1,7 +1,7 @@
 """The scorecard of a trained generator, each figure beside that of real digits.
 
 python evaluate.py                                 # weights/best.pth
-python evaluate.py --weights acgan_gen_ema.pth     # your own; about a minute on two cores
+python evaluate.py --weights acgan_gen_ema.pth     # your own; two minutes on two cores
 python evaluate.py --full --json                   # more images; for programs
 python evaluate.py --missed missed.png             # and a picture of the real digits that it draws least
 """
@@ -110,7 +110,7 @@ def draw_missed(path: Path, images, labels, test_set, judge: Judge) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status, as cli.run_command does."""
-    return run_command("evaluate.py", lambda: evaluate(parse_args(argv)))
+    return run_command("evaluate.py", lambda: evaluate(parse_args(argv)), too_large="drop --full, or free some")
 
 
 if __name__ == "__main__":

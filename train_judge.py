@@ -1,7 +1,7 @@
 """Train a judge on real images, for scores of a generator of such images.
 
-python train_judge.py                                            # MNIST's, to weights/judge.pth
-python train_judge.py --dataset fashion_mnist --out judge.pth    # one for other images
+python train_judge.py                                            # MNIST's, to judge.pth; weights/judge.pth is one
+python train_judge.py --dataset fashion_mnist --out fashion.pth  # one for other images
 """
 
 import argparse
@@ -13,17 +13,17 @@ if __name__ == "__main__":
 
 import cli
 from data import NAMES, load_train_and_test
-from evaluation.judge import BUNDLED, judge_images, train_classifier
+from evaluation.judge import judge_images, train_classifier
 from models import save_network
 from training.speed import tune_process
-from utils import BadInput, announce, choose_device, print_line
+from utils import announce, choose_device, print_line
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; bad flags end the program with one line and exit status 2."""
     parser = cli.OneLineParser("train_judge.py", "Train a judge on real images, and test it.")
     add = parser.add_argument
-    add("--out", type=Path, metavar="FILE", help="file to write (default: weights/judge.pth, for MNIST at 32 pixels)")
+    add("--out", type=Path, default=Path("judge.pth"), metavar="FILE", help="file to write")
     add("--n_epochs", type=cli.COUNT, default=10, metavar="N", help="passes over the training images")
     add("--img_size", type=cli.IMG_SIZE, default=32, metavar="N", help="side of the images to judge, pixels")
     add("--seed", type=cli.SEED, default=0, metavar="N", help="seed of the weights and of the order of the images")
@@ -36,22 +36,19 @@ def train_judge(opt: argparse.Namespace) -> None:
     """Train and write the judge that the command line asks for. Raises BadInput, or OSError if it cannot be written."""
     device, why = choose_device(opt.device)
     tune_process(device)
-    if opt.out is None and (opt.dataset, opt.img_size) != ("mnist", 32):
-        raise BadInput("argument --out: weights/judge.pth is for MNIST at 32 pixels: name another file")
-    out = opt.out or BUNDLED
-    cli.check_output("--out", out, ".pth")
+    cli.check_output("--out", opt.out, ".pth")
     data, test = load_train_and_test(opt.dataset, opt.data_root, opt.test_root, opt.img_size)
     announce(why)
     judge = train_classifier(*data[:2], len(data.classes), opt.n_epochs, opt.seed, device, jitter=True)
     judge.classes = data.classes
     accuracy = (judge_images(judge, test.images)[1] == test.labels).double().mean()
-    save_network(out, judge)
-    print_line(f"{out}: {accuracy:.2%} of the {len(test.labels):,} test images recognised", must_succeed=True)
+    save_network(opt.out, judge)
+    print_line(f"{opt.out}: {accuracy:.2%} of the {len(test.labels):,} test images recognised", must_succeed=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status, as cli.run_command does."""
-    return cli.run_command("train_judge.py", lambda: train_judge(parse_args(argv)))
+    return cli.run_command("train_judge.py", lambda: train_judge(parse_args(argv)), too_large="lower --img_size")
 
 
 if __name__ == "__main__":

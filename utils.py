@@ -185,7 +185,8 @@ class StopRequest:
         self._previous = catch_signals(self._on_signal)
         self._left = threading.Event()
         read_end, self._write_end = os.pipe()
-        os.set_blocking(self._write_end, False)
+        if hasattr(os, "set_blocking"):  # not on Windows before Python 3.12
+            os.set_blocking(self._write_end, False)
         self._previous_fd = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(read_end,), daemon=True).start()
         return self

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import acgan
 from models import save_network, update_ema
-from training.checkpoint import NEWEST
+from training.checkpoint import has_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,8 +78,8 @@ def train_cell(flags: list[str], seed: int, points: tuple[int, ...], folder: Pat
         return
     folder.mkdir(parents=True, exist_ok=True)
     acgan.update_ema = update_and_keep
-    if (folder / NEWEST).exists():
-        argv = ["--resume", folder]
+    if has_checkpoint(folder):
+        argv = ["--resume", folder, *flags]
     else:
         argv = ["--out_dir", folder, "--seed", seed, "--sample_interval", 100_000, *flags]
     if status := acgan.main([str(word) for word in [*argv, "--max_steps", points[-1]]]):

@@ -174,7 +174,8 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each variant (default: %(default)s)")
-    parser.add_argument("--only", action="append", help="only this variant; may be repeated (default: all)")
+    parser.add_argument("--only", action="append", choices=list(VARIANTS),
+                        help="only this variant; may be repeated (default: all)")  # fmt: skip
     parser.add_argument("--table", action="store_true", help="print the table of what is there, and run nothing")
     parser.add_argument("--judge", type=Path, default=Path(tempfile.gettempdir()) / "acgan_held_out_judge.pth",
                         help="where the judge is kept between runs (default: %(default)s)")  # fmt: skip

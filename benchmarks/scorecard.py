@@ -1,4 +1,4 @@
-"""Are the bundled weights what weights/scorecard.json says? Scores them as evaluate.py does, a minute each.
+"""Are the bundled weights what weights/scorecard.json says? Scores them as evaluate.py does, two minutes each.
 
 python -m benchmarks.scorecard            # compare, with tolerances for other processors; exit status 1 if they differ
 python -m benchmarks.scorecard --write    # write the file

@@ -2,7 +2,7 @@
 
     python -m benchmarks.speedrun                   # runs what benchmarks/speedrun.jsonl lacks; nothing else should run
     python -m benchmarks.speedrun --batches 1200    # shorter runs, rows of their own
-    python -m benchmarks.speedrun --table           # mean and range over the seeds, as docs/results.md shows them
+    python -m benchmarks.speedrun --table           # mean and range over the seeds, for docs/results.md
 
 Each run is the typed command, timed from its start to its end: imports, reading the data, compiling if it does, the
 training, the last files. The number of batches was fixed before the first run. `evaluate.py` then scores the EMA on

@@ -71,7 +71,7 @@ def fetch(name: str, data_root: Path, train: bool):
     folder = data_root / folder
     if files == IDX and all((folder / file).exists() or (folder / file).with_suffix("").exists() for file in files):
         return None
-    missing = [part for part in (folder, folder.parent) if not part.exists()]
+    missing = [part for part in (folder, *folder.parents) if not part.exists()]
     put = f"put {', '.join(files)} into {str(folder)!r}"
     try:
         with contextlib.redirect_stderr(sys.stderr if on_terminal() else io.StringIO()):  # its progress bars

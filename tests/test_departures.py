@@ -228,7 +228,7 @@ def test_rate_falls_to_0_over_the_second_half_also_when_resumed(train, tmp_path,
     assert train(*flags, "--out_dir", tmp_path / "run", "--max_steps", 6).status == 0
     assert rates[-1][0] == pytest.approx(0.01 * 2 * (1 - 5 / 6))  # it was planned for six
     line = errors(train("--resume", tmp_path / "run"))
-    assert "--lr_schedule: the rate of this run is 0 after batch 6: lower --n_epochs or --max_steps" in line
+    assert "--lr_schedule: the rate of this run is 0 after batch 6: add --max_steps 6, or" in line
 
 
 @pytest.mark.parametrize("flags", [["--recipe", "best"], *SWITCHES], ids=lambda flags: " ".join(map(str, flags)))

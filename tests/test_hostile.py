@@ -102,7 +102,6 @@ HOSTILE = [  # the command line, and a part of the line that it must print
     ("evaluate --test_root .", "--test_root: mnist has its own test images"),
     ("train_judge --out a.pth --test_root .", "--test_root: mnist has its own test images"),
     ("train_judge --dataset folder --data_root good --out a.pth", "--test_root: --dataset folder needs it"),
-    ("train_judge --img_size 16", "--out: weights/judge.pth is for MNIST at 32 pixels: name another file"),
     ("acgan --dataset folder", "--data_root: --dataset folder needs it: name the folder of your classes' folders"),
     ("acgan --dataset folder --data_root none", "'none' is missing: name a folder that holds a folder for each class"),
     (f"acgan --dataset folder --data_root {'a' * 300}", "aaa' is missing: name a folder"),

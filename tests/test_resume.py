@@ -217,6 +217,14 @@ def test_previous_checkpoint_replaces_a_corrupt_newest(straight, copy, train):
     assert read_checkpoint(copy)["step"] < STEPS  # the corrupt one did not take its place
 
 
+def test_torchruns_restart_resumes_from_the_previous_checkpoint_alone(straight, copy, train, monkeypatch):
+    (copy / NEWEST).unlink()  # as a kill between the two renames leaves it
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    result = train(*SMALL, "--max_steps", STEPS, "--out_dir", copy)
+    assert result.status == 0, result.err
+    assert_same_run(copy, straight)
+
+
 def test_rows_that_were_cut_or_are_no_rows_do_no_harm(copy, straight, train):
     rows = (copy / "metrics.jsonl").read_bytes()
     (copy / "metrics.jsonl").write_bytes(rows[:-1])  # its last newline is lost

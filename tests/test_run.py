@@ -198,7 +198,8 @@ def test_ctrl_c_in_mid_run_keeps_the_running_batch_with_all_files_whole(start, t
     process.send_signal(signal.SIGCONT)
     out, err = process.communicate()
     assert process.returncode == 130 and out.count("\n") == 2  # the whole epoch, and the one that was stopped
-    assert err.splitlines()[2:] == [f"Stopped after batch 5 of 50; to continue: python acgan.py --resume {tmp_path}"]
+    command = f"python acgan.py --resume {tmp_path} --max_steps 50 --device cpu"
+    assert err.splitlines()[2:] == [f"Stopped after batch 5 of 50; to continue: {command}"]
     assert [row["step"] for row in read_rows(tmp_path)] == list(range(5))
     for step in range(5):
         Image.open(tmp_path / "images" / f"{step}.png").load()

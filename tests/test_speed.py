@@ -1,6 +1,7 @@
 """Fast ways compute what the plain ones compute."""
 
 import re
+from argparse import Namespace
 
 import pytest
 import small
@@ -117,9 +118,12 @@ def test_without_a_compiler_the_run_continues_and_says_why(start, train, tmp_pat
 
 
 def test_compiling_is_chosen_by_the_length_of_the_whole_run_on_one_cpu(train, tmp_path, monkeypatch):
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert [speed.choose_compile("auto", cpu, 1, n) for n in (speed.BREAK_EVEN - 1, speed.BREAK_EVEN)] == ["off", "on"]
-    assert speed.choose_compile("auto", cuda, 1, 10**6) == speed.choose_compile("auto", cpu, 2, 10**6) == "off"
+    def choice(batches, device="cpu", world_size=1, n_images=64):
+        opt = dict(compile="auto", total_steps=batches, world_size=world_size, n_images=n_images, batch_size=64)
+        return speed.choose_compile(Namespace(**opt), torch.device(device))
+
+    assert [choice(speed.BREAK_EVEN - 1), choice(speed.BREAK_EVEN)] == ["off", "on"]
+    assert choice(10**6, device="cuda") == choice(10**6, world_size=2) == choice(10**6, n_images=63) == "off"
     asked = []
     monkeypatch.setattr(speed, "BREAK_EVEN", 30)
     monkeypatch.setattr(speed, "compiled", lambda networks, *_: asked.append(1))

@@ -159,9 +159,14 @@ def describe_last(folder: Path) -> str:
     return f"the last good checkpoint is {checkpoint['file']}, after batch {checkpoint['step']}"
 
 
-def check_nothing_unfinished(out_dir: Path) -> None:
+def has_checkpoint(folder: Path) -> bool:
+    """Return True if a run in `folder` has left a checkpoint; a kill between two renames leaves the previous one."""
+    return any((folder / name).exists() for name in (NEWEST, PREVIOUS))
+
+
+def check_finished(out_dir: Path) -> None:
     """Raise BadInput if a new run in `out_dir` would drop one that is not finished."""
-    if not any((out_dir / name).exists() for name in (NEWEST, PREVIOUS)):
+    if not has_checkpoint(out_dir):
         return
     try:
         checkpoint = read_checkpoint(out_dir, quiet=True)

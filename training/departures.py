@@ -96,8 +96,8 @@ def set_schedule(opt, checkpoint: dict | None) -> None:
     if type(opt.schedule_steps) is not int or opt.schedule_steps < 1:
         raise BadInput("argument --resume: the checkpoint is corrupt, as its schedule has no length: name another run")
     if opt.lr_schedule == "linear" and opt.total_steps > opt.schedule_steps:
-        raise BadInput(f"argument --lr_schedule: the rate of this run is 0 after batch {opt.schedule_steps:,}: lower "
-                       "--n_epochs or --max_steps, or start another run with --init_from")  # fmt: skip
+        raise BadInput(f"argument --lr_schedule: the rate of this run is 0 after batch {opt.schedule_steps:,}: add "
+                       f"--max_steps {opt.schedule_steps}, or start another run with --init_from")  # fmt: skip
 
 
 def first_rate(opt, device: torch.device) -> float | torch.Tensor:

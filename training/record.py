@@ -273,9 +273,18 @@ class RunRecord(SilentRecord):
             announce(f"Done: {', '.join(run_folder.WEIGHTS)} and images/film.gif are in {self.out_dir.resolve()}")
             announce(f"To draw with them: python generate.py --weights {quote(str(self.out_dir))}")
         else:
-            root = f" --data_root {quote(str(self.opt.data_root))}" if self.opt.data_root else ""
             announce(f"Stopped after batch {self.step + 1:,} of {self.opt.total_steps:,}; to continue: "
-                     f"python acgan.py --resume {quote(str(self.out_dir))}{root}")  # fmt: skip
+                     f"{command_to_continue(self.opt)}")  # fmt: skip
+
+
+def command_to_continue(opt) -> str:
+    """Return what to type to continue a run as it was begun, with those options that no checkpoint restores."""
+    words = ["torchrun", f"--nproc_per_node={opt.world_size}"] if opt.world_size > 1 else ["python"]
+    words += ["acgan.py", "--resume", opt.out_dir]
+    for name, default in (("data_root", None), ("max_steps", None), ("device", "auto")):
+        if getattr(opt, name) != default:
+            words += [f"--{name}", getattr(opt, name)]
+    return " ".join(quote(str(word)) for word in words)
 
 
 class BothNetworks(torch.nn.Module):

@@ -40,19 +40,20 @@ def tune_process(device: torch.device, threads: int | None = None) -> None:
         torch.set_float32_matmul_precision("high")
 
 
-def choose_compile(asked: str, device: torch.device, world_size: int, batches: int) -> str:
-    """Turn `--compile` into "on" or "off": auto compiles on a CPU, on one rank, if the whole run has many batches.
+def choose_compile(opt, device: torch.device) -> str:
+    """Turn `--compile` into "on" or "off": auto compiles on a CPU, on one rank, if the whole run has many full batches.
 
     Raises BadInput for "on" with several ranks.
     """
-    if asked == "on" and world_size > 1:
+    if opt.compile == "on" and opt.world_size > 1:
         raise BadInput("argument --compile: on works on one rank only: drop it")
-    if asked != "auto":
-        return asked
-    pays = device.type == "cpu" and world_size == 1
-    if pays and batches < BREAK_EVEN and on_terminal():
-        announce(f"Compile: off, as a run of less than {BREAK_EVEN:,} batches does not win back the time it takes.")
-    return "on" if pays and batches >= BREAK_EVEN else "off"
+    if opt.compile != "auto":
+        return opt.compile
+    possible = device.type == "cpu" and opt.world_size == 1
+    pays = opt.total_steps >= BREAK_EVEN and opt.n_images >= opt.batch_size
+    if possible and not pays and on_terminal():
+        announce(f"Compile: off, as a run of fewer than {BREAK_EVEN:,} full batches does not win back its time.")
+    return "on" if possible and pays else "off"
 
 
 def accelerate(train_batch, generator, discriminator, batch_size: int, compile: str, amp: str, in_memory: bool = True):
