@@ -86,6 +86,7 @@ def train_step(generator, discriminator, optimizer_G, optimizer_D, real_imgs, la
     # (2) Train Generator: minimise, through the D just updated and on the same fakes,
     #     L_G = - E log D(G(z|y)) - E log P(y | G(z|y))                                         (paper: max L_C - L_S)
     optimizer_G.zero_grad()
+    discriminator.requires_grad_(False)  # the gradients of its own weights are not needed
 
     validity, pred_label = discriminator(gen_imgs)
     g_adv, g_aux = objective.adversarial(validity, valid), objective.generator_class(pred_label, gen_labels)
@@ -93,6 +94,7 @@ def train_step(generator, discriminator, optimizer_G, optimizer_D, real_imgs, la
     g_loss = (g_adv + g_aux) / 2
     g_loss.backward()
     optimizer_G.step()
+    discriminator.requires_grad_(True)
 
     d_acc_real = (objective.recognised(real_aux) == labels).float().mean()
     d_acc_fake = (objective.recognised(fake_aux) == gen_labels).float().mean()
@@ -115,10 +117,8 @@ def train(opt: argparse.Namespace, ranks: Ranks, batches: Batches, scorer: Epoch
     device = ranks.device
     generator, discriminator, graph_inputs = build_networks(opt, device)
     objective = build_objective(opt)
-    # capturable: the step counts stay on the GPU, as a CUDA graph needs them
-    adam = dict(
-        lr=departures.first_rate(opt, device), betas=(opt.b1, opt.b2), fused=True, capturable=device.type == "cuda"
-    )
+    on_cuda = device.type == "cuda"  # there the step counts stay on the GPU, as a CUDA graph needs them
+    adam = dict(lr=departures.first_rate(opt, device), betas=(opt.b1, opt.b2), fused=True, capturable=on_cuda)
     optimizer_G = torch.optim.Adam(generator.parameters(), **adam)
     optimizer_D = torch.optim.Adam(discriminator.parameters(), **adam)
     ema = copy.deepcopy(generator)

@@ -85,7 +85,7 @@ def restore(checkpoint: dict, parts: dict, device: torch.device) -> int:
         for name, part in parts.items():
             state = checkpoint["parts"][name]
             if isinstance(part, torch.optim.Optimizer):
-                check_moments(state["state"], part)
+                fit_moments(state["state"], part)
                 state = {"state": state["state"], "param_groups": part.state_dict()["param_groups"]}  # of the options
             part.load_state_dict(state)
         name = "position in the data"
@@ -104,17 +104,21 @@ def restore(checkpoint: dict, parts: dict, device: torch.device) -> int:
     return checkpoint["step"]
 
 
-def check_moments(state: dict, optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError unless `state` has Adam's moments for each parameter: PyTorch does not check their sizes."""
+def fit_moments(state: dict, optimizer: torch.optim.Optimizer) -> None:
+    """Lay out Adam's moments in `state` as their parameters: fused Adam reads both in the order of the memory.
+
+    Raises ValueError unless they are those of each parameter: PyTorch does not check their sizes.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if sorted(state) != list(range(len(parameters))):
         raise ValueError("moments of other parameters")
     for number, parameter in enumerate(parameters):
         for name in ("exp_avg", "exp_avg_sq"):
             moment = state[number][name]
-            dense = moment.layout == torch.strided and moment.is_contiguous()
-            if moment.shape != parameter.shape or moment.dtype != parameter.dtype or not dense:
+            wanted = parameter.shape, parameter.dtype, torch.strided
+            if (moment.shape, moment.dtype, moment.layout) != wanted:
                 raise ValueError(f"{name} of another size or type")
+            state[number][name] = torch.empty_like(parameter).copy_(moment)
         if not 0 <= float(state[number]["step"]) < 2**31:
             raise ValueError("no number of steps")
 

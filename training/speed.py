@@ -67,9 +67,9 @@ def accelerate(train_batch, generator, discriminator, batch_size: int, compile: 
         for layer in discriminator.modules():
             if isinstance(layer, torch.nn.Sigmoid | torch.nn.Softmax):
                 layer.register_forward_pre_hook(to_float32)
-        plain = fast = tuple(in_bf16(network) for network in networks)
+        plain = fast = tuple(InBfloat16(network) for network in networks)
     if compile == "on":
-        fast = compiled(networks, batch_size, amp) or plain
+        fast = compiled(generator, plain[0], batch_size, amp), plain[1]
 
     def call(indices, penalised=False):
         return train_batch(*(fast if len(indices) == batch_size else plain), indices, penalised)
@@ -79,17 +79,19 @@ def accelerate(train_batch, generator, discriminator, batch_size: int, compile: 
     return CapturedBatches(call) if on_cuda and one_rank and in_memory else call
 
 
-def in_bf16(network):
-    """Return `network` as a function that computes in bfloat16 where autocast finds it safe, and returns float32."""
-    device_type = next(network.parameters()).device.type
+class InBfloat16(torch.nn.Module):
+    """A network that computes in bfloat16 where autocast finds it safe, and returns float32."""
 
-    def call(*inputs):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+        self.device_type = next(network.parameters()).device.type
+
+    def forward(self, *inputs):
         # no cache of cast weights: it would outlive a CUDA graph's capture
-        with torch.autocast(device_type, dtype=torch.bfloat16, cache_enabled=False):
-            out = network(*inputs)
+        with torch.autocast(self.device_type, dtype=torch.bfloat16, cache_enabled=False):
+            out = self.network(*inputs)
         return tuple(tensor.float() for tensor in out) if isinstance(out, tuple) else out.float()
-
-    return call
 
 
 def to_float32(layer, inputs):
@@ -97,46 +99,41 @@ def to_float32(layer, inputs):
     return tuple(tensor.float() for tensor in inputs)
 
 
-def compiled(networks, batch_size: int, amp: str):
-    """Compile both networks and run them once on made-up data. Return None, and say so, if that fails.
+def compiled(generator, plain, batch_size: int, amp: str):
+    """Compile G and run it once on made-up data. If that fails, say so, and return `plain`.
 
-    The random stream stays that of an eager run: compiled dropout draws from it too, and compiling does not.
+    D stays as it is: its few multiplications leave a compiler nothing to win.
     """
     if on_terminal():
-        announce("Compiling the networks; this takes from half a minute to a few ...")
+        announce("Compiling the generator; this takes from half a minute to a few ...")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns if CUDA has no GPU
     start = time.monotonic()
     try:
-        fast = [torch.compile(network, dynamic=False, options={"fallback_random": True}) for network in networks]
+        fast = torch.compile(generator, dynamic=False)
         if amp == "bf16":
-            fast = [in_bf16(network) for network in fast]
-        rehearse(networks, fast, batch_size)
+            fast = InBfloat16(fast)
+        rehearse(generator, fast, batch_size)
     except Exception as error:  # a missing compiler, an unsupported Python, ...: there is a long list
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         announce(f"Compile: off, as it failed here: {reason}")
-        return None
+        return plain
     if on_terminal():
         announce(f"Compiled in {time.monotonic() - start:.0f} s.")
     return fast
 
 
-def rehearse(networks, fast, batch_size: int) -> None:
-    """Run a made-up batch forward and backward through `fast`, the compiled `networks`, which keep their state."""
-    config, device = networks[0].config, next(networks[0].parameters()).device
-    generator, discriminator = fast
-    before = [copy.deepcopy(network.state_dict()) for network in networks]
+def rehearse(generator, fast, batch_size: int) -> None:
+    """Run a made-up batch forward and backward through `fast`, the compiled G, which keeps its state."""
+    config, device = generator.config, next(generator.parameters()).device
+    before = copy.deepcopy(generator.state_dict())
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             z = torch.randn(batch_size, config["latent_dim"], device=device)
             labels = torch.randint(config["n_classes"], (batch_size,), device=device)
-            imgs = generator(z, labels)
-            for batch in (imgs.detach(), imgs):  # as in D's update, and as in G's
-                validity, label = discriminator(batch)
-                (validity.sum() + label.sum()).backward()
+            fast(z, labels).sum().backward()
     finally:
-        for network, state in zip(networks, before, strict=True):
-            network.load_state_dict(state)
-            network.zero_grad(set_to_none=True)
+        generator.load_state_dict(before)
+        generator.zero_grad(set_to_none=True)
 
 
 class CapturedBatches:
