@@ -205,7 +205,7 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
     add_device_flag(group := group.add_mutually_exclusive_group())
     group.add_argument("--cuda", dest="device", action="store_const", const="cuda", default="auto",
                        help="the same as --device cuda; in the tutorial's script it turns the GPU off (default: off)")
-    add("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile the networks; auto does so on "
+    add("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile G; auto does so on "
         "a CPU, on one rank, in runs long enough to win the time back")
     add("--amp", choices=["off", "bf16"], default="off", help="bf16: compute in bfloat16 where safe, rounding more")
     add = parser.add_argument_group("what a run writes").add_argument

@@ -27,7 +27,7 @@ class UpsampleConv2d(nn.Conv2d):
 
     With the same along the other axis: 25 multiplications for 16 pixels instead of 144. It is Winograd's way to
     convolve (arXiv:1509.09308), at the points 0, 1, -1 and infinity, of both kernels above at once. The many sums are
-    cheap only where a compiler joins them; eager networks fold.
+    cheap only where a compiler joins them; an eager G folds.
 
     Both agree with the plain pair but for rounding, borders included, and have its parameters under its names.
     """
@@ -194,7 +194,7 @@ class NarrowConv2d(nn.Conv2d):
     """Conv2d(3x3, padding=1) to few channels, too few to fill the vectors of a library's convolution.
 
     `sum_taps`: each pixel is multiplied by all nine taps of the kernel at once, and the nine results are shifted and
-    added; for compiled networks, as above.
+    added; for a compiled G, as above.
     """
 
     def __init__(self, in_channels: int, out_channels: int):

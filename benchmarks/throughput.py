@@ -200,7 +200,7 @@ def without_flag(opt) -> list[str]:
 
 
 def multiply_adds() -> float:
-    """Multiply-adds of one training step of 64 images, of matrix products and convolutions, as compiled networks do."""
+    """Multiply-adds of one training step of 64 images, of matrix products and convolutions, as a compiled G does."""
     from torch.utils.flop_counter import FlopCounterMode
 
     ours = {torch.ops.acgan.multiply: lambda pixels, kernels, **_: 2 * math.prod(pixels) * kernels[1],

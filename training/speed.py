@@ -1,4 +1,4 @@
-"""What makes a batch fast without changing its mathematics: kept memory, compiled networks, CUDA graphs, bf16."""
+"""What makes a batch fast without changing its mathematics: kept memory, a compiled G, CUDA graphs, bf16."""
 
 import copy
 import ctypes
@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils import BadInput, announce, on_terminal
 
-BREAK_EVEN = 1_500  # batches of a run; compiling won its time back after 800 with AVX-512, 1,300 without
+BREAK_EVEN = 1_500  # batches of a run; compiling won its time back after 500 with AVX-512, once after 1,300 without
 
 
 def tune_process(device: torch.device, threads: int | None = None) -> None:
@@ -59,7 +59,7 @@ def choose_compile(opt, device: torch.device) -> str:
 def accelerate(train_batch, generator, discriminator, batch_size: int, compile: str, amp: str, in_memory: bool = True):
     """Return the fastest way that this device has to call `train_batch(generator, discriminator, indices, penalised)`.
 
-    Only full batches use compiled networks. A CUDA graph needs batches from the device's memory. Returns a function of
+    Only full batches use a compiled G. A CUDA graph needs batches from the device's memory. Returns a function of
     the indices and `penalised`; what it returns may be overwritten by its next call.
     """
     networks = plain = fast = (generator, discriminator)
