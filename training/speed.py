@@ -40,6 +40,13 @@ def tune_process(device: torch.device, threads: int | None = None) -> None:
         torch.set_float32_matmul_precision("high")
 
 
+def release_memory() -> None:
+    """Return to the kernel what is free by now; what is freed later is kept again."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
 def choose_compile(opt, device: torch.device) -> str:
     """Turn `--compile` into "on" or "off": auto compiles on a CPU, on one rank, if the whole run has many full batches.
 
@@ -119,6 +126,7 @@ def compiled(generator, plain, batch_size: int, amp: str):
         return plain
     if on_terminal():
         announce(f"Compiled in {time.monotonic() - start:.0f} s.")
+    release_memory()  # a compiler takes much, in pieces that tensors do not fit into
     return fast
 
 
