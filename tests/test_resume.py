@@ -225,6 +225,17 @@ def test_moments_that_lie_otherwise_in_memory_than_their_parameters_do_no_harm(s
     assert_same_run(copy, straight)
 
 
+def test_moments_that_share_their_memory_are_given_their_own(copy, train, tmp_path):
+    packed = torch.load(copy / NEWEST, weights_only=True)
+    shape = moments(packed)[0]["exp_avg"].shape
+    for name, zeros in (("shared", torch.zeros(1, 1).expand(shape)), ("own", torch.zeros(shape))):
+        shutil.copytree(copy, tmp_path / name)
+        moments(packed)[0]["exp_avg"] = zeros
+        torch.save(packed, tmp_path / name / NEWEST)
+        assert train("--resume", tmp_path / name, "--max_steps", STEPS).status == 0
+    assert_same_run(tmp_path / "shared", tmp_path / "own")
+
+
 def test_torchruns_restart_resumes_from_the_previous_checkpoint_alone(straight, copy, train, monkeypatch):
     (copy / NEWEST).unlink()  # as a kill between the two renames leaves it
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")

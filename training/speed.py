@@ -69,12 +69,12 @@ def accelerate(train_batch, generator, discriminator, batch_size: int, compile: 
     Only full batches use a compiled G. A CUDA graph needs batches from the device's memory. Returns a function of
     the indices and `penalised`; what it returns may be overwritten by its next call.
     """
-    networks = plain = fast = (generator, discriminator)
+    plain = fast = (generator, discriminator)
     if amp == "bf16":
         for layer in discriminator.modules():
             if isinstance(layer, torch.nn.Sigmoid | torch.nn.Softmax):
                 layer.register_forward_pre_hook(to_float32)
-        plain = fast = tuple(InBfloat16(network) for network in networks)
+        plain = fast = tuple(InBfloat16(network) for network in plain)
     if compile == "on":
         fast = compiled(generator, plain[0], batch_size, amp), plain[1]
 
@@ -112,7 +112,7 @@ def compiled(generator, plain, batch_size: int, amp: str):
     D stays as it is: its few multiplications leave a compiler nothing to win.
     """
     if on_terminal():
-        announce("Compiling the generator; this takes from half a minute to a few ...")
+        announce("Compiling the generator; this takes about half a minute, longer on a slow machine ...")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns if CUDA has no GPU
     start = time.monotonic()
     try:
