@@ -1,7 +1,7 @@
 """The scorecard of a trained generator, each figure beside that of real digits.
 
 python evaluate.py                                 # weights/best.pth
-python evaluate.py --weights acgan_gen_ema.pth     # your own; two minutes on two cores
+python evaluate.py --weights acgan_gen_ema.pth     # your own; one to three minutes on two cores
 python evaluate.py --full --json                   # more images; for programs
 python evaluate.py --missed missed.png             # and a picture of the real digits that it draws least
 """

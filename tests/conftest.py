@@ -21,6 +21,15 @@ sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, and threads of one would wait for those of another
 
 
+@pytest.fixture(autouse=True)
+def kept(tmp_path, monkeypatch) -> Path:
+    """A folder of the test's own, not there yet, for the scores of real images: none sees those of an earlier test."""
+    from evaluation import real_scores
+
+    monkeypatch.setattr(real_scores, "KEPT", tmp_path / "kept")
+    return tmp_path / "kept"
+
+
 def call(main, *flags) -> SimpleNamespace:
     """Call a script's main() with `flags`, piped; has .status, .out and .err."""
     out, err = io.StringIO(), io.StringIO()

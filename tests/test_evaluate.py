@@ -1,5 +1,7 @@
 """The scorecard: it tells good from bad, on few digits. benchmarks/scorecard.py scores the bundled weights in full."""
 
+import copy
+import dataclasses
 import json
 import math
 
@@ -13,6 +15,7 @@ from cli import BUNDLED_GENERATOR
 from data import load_dataset
 from drawing import draw_set
 from evaluation import judge as judge_module
+from evaluation import metrics, real_scores
 from evaluation import scorecard as scorecard_module
 from evaluation.judge import judge_images, load_judge
 from evaluation.metrics import Judged, blurred, density_and_coverage, fid, most_missed, same_class_ms_ssim, show_to
@@ -122,6 +125,40 @@ def test_scorecard_puts_the_real_floor_beside_and_warns(judge, train_set, test_s
     assert card["warnings"] == ["class 7 has collapsed: its images are too much alike", few]
 
 
+def test_scores_of_real_images_are_kept_for_the_same_question_alone(judge, train_set, test_set, monkeypatch, kept):
+    counts, trained = Counts(scored=10, cas=10, cas_epochs=1, pairs=5), []
+    few_test, labels = tuple(tensor[:300] for tensor in test_set), torch.arange(10).repeat(10)
+    images = draw_set(load_network(BUNDLED_GENERATOR), labels, seed=0)
+    train_one = metrics.train_classifier
+
+    def counted(*args, **flags):
+        trained.append(1)
+        return train_one(*args, **flags)
+
+    def card_and_trainings(drawn=images, test=few_test, judge=judge, counts=counts, seed=0):
+        trained.clear()
+        return scorecard(drawn, labels, train_set, test, judge, counts, seed), len(trained)
+
+    monkeypatch.setattr(metrics, "train_classifier", counted)
+
+    first, trainings = card_and_trainings()
+    assert trainings == 2 and card_and_trainings() == (first, 1)  # the real ones' figures are the same, bit for bit
+    other, trainings = card_and_trainings(images.flip(3))  # another generator
+    assert trainings == 1 and other["scores"]["cas"]["real"] == first["scores"]["cas"]["real"]
+    assert other["scores"]["fid"]["real"] == first["scores"]["fid"]["real"] < other["scores"]["fid"]["generated"]
+    judge_of_others = copy.deepcopy(judge)
+    judge_of_others.features[0].weight.data[0] *= 1.01
+    for changed in (dict(seed=1), dict(counts=dataclasses.replace(counts, pairs=6)), dict(judge=judge_of_others),
+                    dict(test=tuple(tensor[1:] for tensor in few_test))):  # fmt: skip
+        assert card_and_trainings(**changed)[1] == 2, changed
+    for file in kept.iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    assert card_and_trainings() == (first, 2)  # a cut file is replaced
+    assert card_and_trainings() == (first, 1)
+    monkeypatch.setattr(real_scores, "KEPT", ROOT / "README.md" / "kept")  # cannot be written
+    assert card_and_trainings() == (first, 2)
+
+
 def test_metrics_against_cases_worked_out_by_hand():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(2000, 4, generator=generator)
@@ -187,6 +224,7 @@ def test_table_fits_80_columns_and_is_the_json(judge, train_set, test_set, monke
 
 def test_terminal_shows_the_stages_in_80_columns(tmp_path):
     few = "import evaluate; evaluate.QUICK = evaluate.QUICK.__class__(20, 20, 1, 5)"
+    few += f"; from evaluation import real_scores; real_scores.KEPT = real_scores.Path({str(tmp_path)!r})"
     shown = on_terminal("-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {few}; sys.exit(evaluate.main())")
     assert shown.status == 0, shown.lines
     bars = [line for line in shown.lines if "|" in line and "/10" in line]
