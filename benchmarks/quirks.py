@@ -32,7 +32,8 @@ from training.speed import tune_process
 from utils import atomic_write, choose_device
 
 POINTS = (500, 1000, 3000)  # batches after which G is scored; the last ends the run
-LONG = (4690, 9380, 14_070, 18_760, 23_450)  # batches: 5, 10, 15, 20 and 25 epochs
+EPOCH = 938  # batches
+LONG = tuple(EPOCH * epochs for epochs in (5, 10, 15, 20, 25))
 CAS_FROM = 1000  # batches; before that the images teach a classifier nothing worth its time
 REPAIRS = ["--class_loss", "logits", "--bn_eps", "0.00001", "--conditioning", "concat"]
 VARIANTS = {
@@ -141,6 +142,17 @@ def table(rows: list[dict], which: str, points: list[int]) -> list[str]:
     return lines
 
 
+def when_to_stop(longer: list[dict]) -> list[str]:
+    """Return after how many epochs the EMA of each long run scored best, as lines of a list."""
+    lines = ["When should one stop? The EMA scored best after", ""]
+    for name in dict.fromkeys(row["name"] for row in longer):
+        own = [row for row in longer if row["name"] == name]
+        best = {key: max(own, key=lambda row: row["ema"][key])["batches"] // EPOCH for key in JUDGED_BY}
+        lines.append(f"- {name}: " + ", ".join(f"{SHOWN[key]} {epochs} epochs" for key, epochs in best.items()) + ";")
+    lines[-1] = lines[-1].removesuffix(";") + "."
+    return lines
+
+
 def report(rows: list[dict], points: tuple[int, ...]) -> str:
     """Return docs/quirks.md: the verdicts, and the scores that they rest on."""
     last = points[-1]
@@ -175,7 +187,7 @@ def report(rows: list[dict], points: tuple[int, ...]) -> str:
     lines += ["", "## The scores of the EMA", "", *table(short, "ema", list(points))]
     lines += ["", "## The scores of G itself", "", *table(short, "raw", list(points))]
     if longer := [row for row in rows if row["batches"] in LONG]:
-        lines += ["", "## Up to 25 epochs, one run each", "", "The EMA, scored as above:", ""]
+        lines += ["", "## Up to 25 epochs, one run each", "", *when_to_stop(longer), "", "The EMA:", ""]
         lines += [*table(longer, "ema", list(LONG)), "", "G itself:", "", *table(longer, "raw", list(LONG))]
     lines += overlap.section(read_rows(overlap.ROWS))
     return "\n".join(lines) + "\n"
