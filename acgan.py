@@ -66,7 +66,7 @@ def train_step(generator, discriminator, optimizer_G, optimizer_D, real_imgs, la
 
     gen_imgs = generator(z, gen_labels)  # one forward serves both updates
 
-    # (1) Train Discriminator: minimise, as a mean over the four terms,
+    # (1) Train Discriminator: minimise, as a mean over the four terms (P, by default: the softmax of D's softmax),
     #     L_D = - E log D(x) - E log P(c | x) - E log[1 - D(G(z|y))] - E log P(y | G(z|y))      (paper: max L_S + L_C)
     optimizer_D.zero_grad()
 
@@ -226,7 +226,7 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
     apply_recipe(parser, argv)
     if saved is not None:
         given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(MATHEMATICS)))
-        if given.init_from:
+        if given.init_from and given.resume is not None:  # torchrun's restart is typed as the run was begun
             parser.error("argument --init_from: a run that continues has begun already: drop it")
         typed = {name: getattr(given, name) for name in MATHEMATICS if getattr(given, name) is not None}
         saved = {name: parser.get_default(name) for name in DEPARTURES} | saved  # a run from before there were any

@@ -58,6 +58,7 @@ class UpsampleConv2d(nn.Conv2d):
 
 
 def mixed_kernel(w0, w1, w2):
+    """Return the kernels' side of the five products; any three tensors of one shape, as all below."""
     return w0, w0 + w1 + w2, w2, w0 - w1 - w2, w0 + w1 - w2
 
 
@@ -77,10 +78,12 @@ def mixed_pixels_back(g0, g1, g4, g23, axis: int):
 
 
 def outputs(m0, m1, m4, m2, m3):
+    """Return the four outputs of the five products."""
     return m0 + m1 + m2, m1 - m3, m1 - m2, m1 + m3 + m4
 
 
 def outputs_back(y0, y1, y2, y3):
+    """Return the gradients to the five products."""
     return y0, y0 + y1 + y2 + y3, y3, y0 - y2, y3 - y1
 
 
@@ -88,7 +91,7 @@ def outputs_back(y0, y1, y2, y3):
 
 
 def grouped_pixels(parts, axis: int):
-    """Stack the 4 x 4 parts in these three groups."""
+    """Stack the 4 x 4 parts, each (..., C), in these three groups, along a new axis of 9, 6 and 1."""
     single = [part for row in parts[:3] for part in row[:3]]
     double = [*(row[3] for row in parts[:3]), *parts[3][:3]]
     return torch.stack(single, axis), torch.stack(double, axis), parts[3][3].unsqueeze(axis)
@@ -230,6 +233,6 @@ def shifted(x, down: int, right: int):
 
 
 def compiles_for_cpu(x) -> bool:
-    """Say whether a compiler reads this, for float32 on a CPU: only it joins many sums, and so makes them cheap."""
+    """Say whether a compiler reads this for a CPU, without bf16: only it joins many sums, and so makes them cheap."""
     compiles = torch.compiler.is_compiling() and x.device.type == "cpu"
     return compiles and not torch.is_autocast_enabled("cpu")

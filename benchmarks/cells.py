@@ -1,6 +1,7 @@
 """Studies of many short runs: a JSON line a row; what has its rows is skipped, so a study goes on after a kill."""
 
 import json
+import platform
 import statistics
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 import acgan
@@ -84,6 +86,13 @@ def train_cell(flags: list[str], seed: int, points: tuple[int, ...], folder: Pat
         argv = ["--out_dir", folder, "--seed", seed, "--sample_interval", 100_000, *flags]
     if status := acgan.main([str(word) for word in [*argv, "--max_steps", points[-1]]]):
         sys.exit(status)
+
+
+def machine() -> str:
+    """Return what the rounding of a run depends on, in words."""
+    gpu = torch.cuda.is_available()
+    capability = torch.cuda.get_device_name() if gpu else torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, {capability}, torch {torch.__version__}"
 
 
 def mean_and_interval(values: list[float]) -> tuple[float, float | None]:

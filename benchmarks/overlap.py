@@ -55,7 +55,7 @@ def grid_path(work: Path, name: str) -> Path:
 def run_cell(name: str, seed: int, opt: argparse.Namespace) -> None:
     """Train one cell in this process, count what it draws, and append its row."""
     acgan.load_dataset = lambda *args, **kwargs: overlapping(load_dataset(*args, **kwargs))
-    folder = opt.work / f"overlap_{name.replace(' ', '_')}_{seed}"
+    folder = opt.work / f"{name.replace(' ', '_')}_{opt.batches}_{seed}"
     train_cell([*VARIANTS[name], *opt.flags], seed, (opt.batches,), folder)
     tune_process(device := choose_device("auto")[0])
     generator = load_network(folder / f"ema_{opt.batches}.pth", device).eval()
@@ -73,7 +73,8 @@ def run_cell(name: str, seed: int, opt: argparse.Namespace) -> None:
 
 
 def section(rows: list[dict]) -> list[str]:
-    """Return the section of docs/quirks.md as lines; none without rows."""
+    """Return the section of docs/quirks.md as lines; none without rows of that length."""
+    rows = [row for row in rows if row["batches"] == BATCHES]
     if not rows:
         return []
     lines = [
@@ -81,7 +82,7 @@ def section(rows: list[dict]) -> list[str]:
         "## Digits that two classes share",
         "",
         "`python -m benchmarks.overlap`: class A is half zeros and half ones, class B half zeros and half twos, as in",
-        f"TAC-GAN (arXiv:1907.02690). After {rows[0]['batches']:,} batches the judge counts {COUNTED:,} images of each",
+        f"TAC-GAN (arXiv:1907.02690). After {BATCHES:,} batches the judge counts {COUNTED:,} images of each",
         "class. Without bias each would be 50 % zeros. In percent, mean over the seeds and 95 % interval:",
         "",
         "| variant | seeds | A: zeros | A: ones | B: zeros | B: twos |",
@@ -113,7 +114,7 @@ def main() -> None:
     opt = parser.parse_args()
     if opt.cell:
         return run_cell(opt.cell[0], int(opt.cell[1]), opt)
-    done = {(row["name"], row["seed"]) for row in read_rows(opt.rows)}
+    done = {(row["name"], row["seed"]) for row in read_rows(opt.rows) if row["batches"] == opt.batches}
     cells = [(name, seed) for seed in range(opt.seeds) for name in VARIANTS if (name, seed) not in done]
     run_cells("overlap", cells, *sys.argv[1:], jobs=opt.jobs)
     grids = [grid_path(opt.work, name) for name in VARIANTS]

@@ -12,7 +12,6 @@ the test digits. The faithful run is ended by a Ctrl-C after the mean time of th
 import argparse
 import json
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -21,10 +20,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from benchmarks.cells import ROOT, append_rows, read_rows
+from benchmarks.cells import ROOT, append_rows, machine, read_rows
 from training.checkpoint import read_checkpoint
 
 ROWS = ROOT / "benchmarks" / "speedrun.jsonl"
@@ -52,11 +50,6 @@ def run(recipe: str, seed: int, out_dir: Path, batches: int, seconds: float | No
     worst = min(row["coverage"]["generated"] for row in card["by_class"].values())
     return dict(recipe=recipe, seed=seed, batches=read_checkpoint(out_dir)["step"], seconds=round(taken, 1), **scores,
                 worst_coverage=round(worst, 5), machine=machine(), compared_at=batches)  # fmt: skip
-
-
-def machine() -> str:
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{platform.machine()}, {torch.get_num_threads()} threads, {capability}, torch {torch.__version__}"
 
 
 def table(rows: list[dict]) -> str:

@@ -13,7 +13,7 @@ KEPT = Path(__file__).resolve().parent / "kept"  # in the checkout, so that only
 
 
 def kept_or_computed(compute, *inputs):
-    """Return compute()'s plain data, or what an earlier call with the same inputs, code and packages returned.
+    """Return compute()'s plain data, or what an earlier call with the same inputs, code and machine returned.
 
     `inputs` are tensors and values whose repr says all; all that the result depends on must be among them. A file that
     is corrupt is replaced. Where nothing can be written, all is computed each time.
@@ -30,12 +30,13 @@ def kept_or_computed(compute, *inputs):
 
 
 def fingerprint(inputs: tuple) -> str:
-    """Return a SHA-256 over the inputs, this folder's code, the packages' versions and the number of threads."""
+    """Return a SHA-256 over the inputs, this folder's code, the packages' versions, and what computes."""
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
-    packages = torch.__version__, version("torchmetrics"), torch.get_num_threads()
-    for part in (*inputs, packages):
+    packages = torch.__version__, version("torchmetrics")
+    machine = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    for part in (*inputs, packages, machine):
         if isinstance(part, torch.Tensor):
             digest.update(repr((part.dtype, part.shape)).encode())
             digest.update(part.cpu().contiguous().numpy())

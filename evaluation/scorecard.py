@@ -124,7 +124,8 @@ def scorecard(images, labels, train_set, test_set, judge: Judge, counts: Counts,
     """Score images beside real ones: as many training images, scored the same way against the test set.
 
     The judge was trained on the training images. So their agreement is replaced by that of the test images. `stage` is
-    called with the name of each of the STAGES as it begins. Returns
+    called with the name of each of the STAGES as it begins; those of the real images are left out if their scores are
+    kept. Returns
     {"scores": {metric: {"generated": x, "real": y}}, "by_class": {name: the same}, "warnings": [...]}. Raises BadInput.
     """
     n_classes = judge.config["n_classes"]
@@ -136,8 +137,7 @@ def scorecard(images, labels, train_set, test_set, judge: Judge, counts: Counts,
         return score(images, labels, real, judge, counts, seed, device, lambda name: stage(f"{whose} images: {name}"))
 
     generated, generated_rows = scored("Generated", images, labels)
-    seen = real.images, real.labels, real.features  # the features stand for the judge, too
-    inputs = *floor_set, *seen, judge.config, counts, seed, str(device)
+    inputs = *floor_set, *test_set, *judge.state_dict().values(), counts, seed, device
     floor, floor_rows = kept_or_computed(lambda: scored("Real", *floor_set), *inputs)
     floor["agreement"] = agreement(real)
     for label, row in enumerate(floor_rows):
@@ -152,6 +152,9 @@ def scorecard(images, labels, train_set, test_set, judge: Judge, counts: Counts,
     warnings = [f"class {name} has collapsed: its images are too much alike" for name in alike]
     if floor["agreement"] < GOOD_JUDGE:
         warnings.append(f"the judge recognises only {floor['agreement']:.1%} of the real images: train a better one")
+    if len(floor_set[1]) < counts.scored * n_classes:
+        warnings.append(f"only {len(floor_set[1]):,} training images beside {counts.scored * n_classes:,} generated "
+                        "ones, as the classes are small: the scores of real images suffer")  # fmt: skip
     if len(real.labels) < FEW_IMAGES:
         warnings.append(f"only {len(real.labels):,} test images: FID, density and coverage are uncertain")
     return {"scores": side_by_side(generated, floor), "by_class": by_class, "warnings": warnings}

@@ -239,7 +239,7 @@ def test_moments_that_share_their_memory_are_given_their_own(copy, train, tmp_pa
 def test_torchruns_restart_resumes_from_the_previous_checkpoint_alone(straight, copy, train, monkeypatch):
     (copy / NEWEST).unlink()  # as a kill between the two renames leaves it
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    result = train(*SMALL, "--max_steps", STEPS, "--out_dir", copy)
+    result = train(*SMALL, "--max_steps", STEPS, "--out_dir", copy, "--init_from", straight)  # whatever began it
     assert result.status == 0, result.err
     assert_same_run(copy, straight)
 

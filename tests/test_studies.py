@@ -103,13 +103,6 @@ def test_differences_are_those_of_the_same_seed():
     assert quirks.differences(rows, "best", 8, "cas") == []
 
 
-def test_a_long_run_names_its_best_epochs():
-    values = zip((5, 10), (0.8, 0.9), (0.7, 0.6), strict=True)
-    rows = [dict(name="best", batches=938 * epochs, ema=dict(agreement=up, coverage=down, cas=up))
-            for epochs, up, down in values]  # fmt: skip
-    assert quirks.when_to_stop(rows)[-1] == "- best: agreement 10 epochs, coverage 5 epochs, CAS 10 epochs."
-
-
 def test_verdicts_follow_from_the_intervals():
     def of(agreement, coverage, cas):
         return quirks.verdict(dict(agreement=agreement, coverage=coverage, cas=cas))

@@ -29,6 +29,7 @@ from utils import Diverged, announce, atomic_write, on_terminal, print_line
 LOOK_INTERVAL = 0.3  # seconds between two readings of the figures for the bar
 FILM_FRAMES = 60  # at most
 FILM_MILLISECONDS, FILM_LAST_MILLISECONDS = 150, 3000  # how long each frame is shown, and the last one
+ROOT = Path(__file__).resolve().parent.parent
 CAPTION = 14  # pixels above a frame of the film
 
 
@@ -271,7 +272,10 @@ class RunRecord(SilentRecord):
         """Announce what the run leaves and what to type next."""
         if finished:
             announce(f"Done: {', '.join(run_folder.WEIGHTS)} and images/film.gif are in {self.out_dir.resolve()}")
-            announce(f"To draw with them: python generate.py --weights {quote(str(self.out_dir))}")
+            command = command_line(
+                from_here(sys.executable), from_here(ROOT / "generate.py"), "--weights", self.out_dir
+            )
+            announce(f"To draw with them: {command}")
         else:
             announce(f"Stopped after batch {self.step + 1:,} of {self.opt.total_steps:,}; to continue: "
                      f"{command_to_continue(self.opt)}")  # fmt: skip
@@ -279,12 +283,24 @@ class RunRecord(SilentRecord):
 
 def command_to_continue(opt) -> str:
     """Return what to type to continue a run as it was begun, with those options that no checkpoint restores."""
-    words = ["torchrun", f"--nproc_per_node={opt.world_size}"] if opt.world_size > 1 else ["python"]
-    words += ["acgan.py", "--resume", opt.out_dir]
+    words = [from_here(sys.executable)]
+    if opt.world_size > 1:
+        words = [from_here(Path(sys.executable).with_name("torchrun")), f"--nproc_per_node={opt.world_size}"]
+    words += [from_here(ROOT / "acgan.py"), "--resume", opt.out_dir]
     for name, default in (("data_root", None), ("max_steps", None), ("device", "auto")):
         if getattr(opt, name) != default:
             words += [f"--{name}", getattr(opt, name)]
+    return command_line(*words)
+
+
+def command_line(*words) -> str:
+    """Return words as one types them in a shell."""
     return " ".join(quote(str(word)) for word in words)
+
+
+def from_here(path: str | Path) -> Path:
+    """Return the path of a file as one types it in the current folder."""
+    return Path(path).relative_to(Path.cwd()) if Path(path).is_relative_to(Path.cwd()) else Path(path)
 
 
 class BothNetworks(torch.nn.Module):
