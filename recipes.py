@@ -88,7 +88,12 @@ def check_departures(opt: argparse.Namespace) -> None:
 
 
 def build_networks(opt: argparse.Namespace, device: torch.device):
-    """Return G, D and the inputs of their graphs, drawn in the tutorial's order, which fixes the random stream."""
+    """Return G, D and the inputs of their graphs, drawn in the tutorial's order, which fixes the random stream.
+
+    Raises BadInput for weights that do not fit, and for a penalty that several GPUs cannot compute.
+    """
+    if device.type == "cuda" and opt.world_size > 1 and opt.r1 and opt.d_norm == "batch":
+        raise BadInput("argument --r1: on several GPUs batch norm has no second derivative: add --d_norm none")
     outputs = "logits" if opt.class_loss == "logits" else "probabilities"
     generator = Generator(opt.n_classes, opt.latent_dim, opt.img_size, opt.channels, opt.conditioning, opt.bn_eps)
     discriminator = Discriminator(opt.n_classes, opt.img_size, opt.channels, opt.d_norm, opt.bn_eps, opt.d_dropout,

@@ -35,7 +35,8 @@ def fingerprint(inputs: tuple) -> str:
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     packages = torch.__version__, version("torchmetrics")
-    machine = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    machine = gpu, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
     for part in (*inputs, packages, machine):
         if isinstance(part, torch.Tensor):
             digest.update(repr((part.dtype, part.shape)).encode())

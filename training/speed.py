@@ -83,7 +83,7 @@ def accelerate(train_batch, generator, discriminator, batch_size: int, compile: 
 
     on_cuda = next(generator.parameters()).device.type == "cuda"
     one_rank = not isinstance(generator, DistributedDataParallel)  # several talk to each other in mid-batch
-    return CapturedBatches(call) if on_cuda and one_rank and in_memory else call
+    return CapturedBatches(call, discriminator) if on_cuda and one_rank and in_memory else call
 
 
 class InBfloat16(torch.nn.Module):
@@ -154,8 +154,8 @@ class CapturedBatches:
 
     WARM_UP = 3  # batches
 
-    def __init__(self, call):
-        self.call = call
+    def __init__(self, call, discriminator):
+        self.call, self.discriminator = call, discriminator
         self.graphs = {}
         self.seen = Counter()
         self.works = True
@@ -167,12 +167,16 @@ class CapturedBatches:
             return self.replay(kind, indices)
         self.seen[kind] += 1
         if self.works and self.seen[kind] > self.WARM_UP:
+            current = torch.cuda.current_stream()
             try:
                 self.capture(kind, indices)
-                return self.replay(kind, indices)
             except RuntimeError as error:
-                self.works = False
-                announce(f"CUDA graph: off, as capturing failed: {str(error).splitlines()[0]}")
+                if "device-side assert" in str(error):  # of an earlier batch
+                    raise
+                torch.cuda.set_stream(current)
+                self.give_up(str(error).splitlines()[0])
+            else:
+                return self.replay(kind, indices)
         self.side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.side):
             metrics = self.call(indices, penalised)
@@ -184,6 +188,15 @@ class CapturedBatches:
         with torch.cuda.graph(graph):  # records, but does not run
             metrics = self.call(static_indices, kind[1])
         self.graphs[kind] = graph, static_indices, metrics
+
+    def give_up(self, reason: str) -> None:
+        """Say that there are no graphs from now on, and undo what a capture that broke off leaves."""
+        announce(f"CUDA graph: off, as capturing failed: {reason}")
+        self.works = False
+        self.graphs.clear()
+        self.discriminator.requires_grad_(True)  # G's update leaves it out for a while
+        random = torch.cuda.default_generators[torch.cuda.current_device()]
+        random.graphsafe_set_state(random.clone_state())  # before PyTorch 2.13 the old one waits for the capture's end
 
     def replay(self, kind, indices):
         graph, static_indices, metrics = self.graphs[kind]
