@@ -33,6 +33,7 @@ from utils import atomic_write, choose_device
 
 POINTS = (500, 1000, 3000)  # batches after which G is scored; the last ends the run
 LONG = (4690, 9380, 14_070, 18_760, 23_450)  # batches: 5, 10, 15, 20 and 25 epochs
+FEW = 3  # seeds; the intervals of fewer say little
 CAS_FROM = 1000  # batches; before that the images teach a classifier nothing worth its time
 REPAIRS = ["--class_loss", "logits", "--bn_eps", "0.00001", "--conditioning", "concat"]
 VARIANTS = {
@@ -108,10 +109,10 @@ def differences(rows: list[dict], name: str, batches: int, key: str) -> list[flo
     return [row["ema"][key] - by_seed[row["seed"]][key] for row in own if key in row["ema"]]
 
 
-def verdict(intervals: dict[str, tuple[float, float | None]]) -> str:
+def verdict(intervals: dict[str, tuple[float, float | None]], seeds: int) -> str:
     """Say in words what the intervals of the differences say; an interval that holds 0 says nothing."""
-    if any(half is None for _, half in intervals.values()):
-        return "one seed only: undecided"
+    if seeds < FEW:
+        return f"fewer than {FEW} seeds: undecided"
     up = [SHOWN[key] for key, (mean, half) in intervals.items() if mean > half]
     down = [SHOWN[key] for key, (mean, half) in intervals.items() if -mean > half]
     if up and down:
@@ -182,7 +183,7 @@ def report(rows: list[dict], points: tuple[int, ...]) -> str:
         intervals = {key: mean_and_interval(own) for key, own in values.items()}
         cells = [shown(key, *interval) for key, interval in intervals.items()]
         count = len(values[JUDGED_BY[0]])
-        lines.append(f"| {question}: | {count} | {' | '.join(cells)} | {verdict(intervals)} |")
+        lines.append(f"| {question}: | {count} | {' | '.join(cells)} | {verdict(intervals, count)} |")
     lines += ["", "## The scores of the EMA", "", *table(short, "ema", list(points))]
     lines += ["", "## The scores of G itself", "", *table(short, "raw", list(points))]
     if longer := [row for row in rows if row["batches"] in LONG]:

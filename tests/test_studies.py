@@ -104,15 +104,16 @@ def test_differences_are_those_of_the_same_seed():
 
 
 def test_verdicts_follow_from_the_intervals():
-    def of(agreement, coverage, cas):
-        return quirks.verdict(dict(agreement=agreement, coverage=coverage, cas=cas))
+    def of(agreement, coverage, cas, seeds=3):
+        return quirks.verdict(dict(agreement=agreement, coverage=coverage, cas=cas), seeds)
 
     nothing = (0.01, 0.02)
     assert of(nothing, nothing, (-0.01, 0.02)) == "no difference that this study can see"
     assert of((0.03, 0.02), nothing, nothing) == "**helps**: agreement up"
     assert of(nothing, (-0.03, 0.02), (-0.5, 0.1)) == "**harms**: coverage, CAS down"
     assert of((0.03, 0.02), (-0.03, 0.02), nothing) == "a trade: agreement up; coverage down"
-    assert of((0.5, None), (0.5, None), (0.5, None)) == "one seed only: undecided"
+    assert of((0.5, None), (0.5, None), (0.5, None), seeds=1) == "fewer than 3 seeds: undecided"
+    assert of((0.5, 0.1), (0.5, 0.1), (0.5, 0.1), seeds=2) == "fewer than 3 seeds: undecided"
 
 
 def test_overlapping_digits_have_the_shares_that_they_claim():
