@@ -19,7 +19,7 @@ from torchvision.transforms.functional import to_tensor
 from torchvision.utils import make_grid, save_image
 
 import acgan
-from benchmarks.cells import ROOT, append_rows, mean_and_interval, read_rows, run_cells, train_cell
+from benchmarks.cells import ROOT, append_rows, machine, mean_and_interval, read_rows, run_cells, train_cell
 from data import LabelledImages, load_dataset
 from drawing import draw_set
 from evaluation.judge import judge_images, load_judge
@@ -68,7 +68,7 @@ def run_cell(name: str, seed: int, opt: argparse.Namespace) -> None:
     if seed == 0:
         few = torch.cat([images[labels == label][:40] for label in range(len(CLASSES))])
         save_image(make_grid(few.float() / 255, nrow=8), grid_path(opt.work, name))
-    append_rows(opt.rows, [dict(name=name, seed=seed, batches=opt.batches, **shares)])
+    append_rows(opt.rows, [dict(name=name, seed=seed, batches=opt.batches, machine=machine(), **shares)])
     shutil.rmtree(folder)
 
 

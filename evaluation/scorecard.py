@@ -152,9 +152,9 @@ def scorecard(images, labels, train_set, test_set, judge: Judge, counts: Counts,
     warnings = [f"class {name} has collapsed: its images are too much alike" for name in alike]
     if floor["agreement"] < GOOD_JUDGE:
         warnings.append(f"the judge recognises only {floor['agreement']:.1%} of the real images: train a better one")
-    if len(floor_set[1]) < counts.scored * n_classes:
-        warnings.append(f"only {len(floor_set[1]):,} training images beside {counts.scored * n_classes:,} generated "
-                        "ones, as the classes are small: the scores of real images suffer")  # fmt: skip
+    if len(floor_set[1]) < len(labels):
+        warnings.append(f"only {len(floor_set[1]):,} training images beside {len(labels):,} generated ones, as the "
+                        "classes are small: the scores of real images suffer")  # fmt: skip
     if len(real.labels) < FEW_IMAGES:
         warnings.append(f"only {len(real.labels):,} test images: FID, density and coverage are uncertain")
     return {"scores": side_by_side(generated, floor), "by_class": by_class, "warnings": warnings}

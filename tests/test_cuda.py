@@ -57,7 +57,7 @@ def test_captured_batches_train_as_plain_ones(r1, monkeypatch):
             metrics = call(picked, objective.penalised(step))
             losses[how].append([metrics["d_loss"].item(), metrics["g_loss"].item()])
     assert set(fast.graphs) == {(64, False), (24, False)} | ({(64, True)} if r1 else set()) and fast.works
-    torch.testing.assert_close(torch.tensor(losses["captured"]), torch.tensor(losses["plain"]), rtol=1e-2, atol=0)
+    torch.testing.assert_close(torch.tensor(losses["captured"]), torch.tensor(losses["plain"]), rtol=1e-3, atol=0)
 
 
 def test_replays_draw_new_numbers():
