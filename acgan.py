@@ -135,8 +135,8 @@ def train(opt: argparse.Namespace, ranks: Ranks, batches: Batches, scorer: Epoch
                           objective, penalty if penalised else None)  # fmt: skip
 
     networks = ranks.wrap(generator, discriminator)
-    departures.pretrain_class_head(opt, step, networks[1], objective, batches)
     fast_batch = accelerate(train_batch, *networks, opt.batch_size, opt.compile, opt.amp, batches.in_memory)
+    departures.pretrain_class_head(opt, step, networks[1], objective, batches)
     fixed_z, fixed_labels = fixed_noise(opt.n_classes, opt.latent_dim)
 
     Record = SilentRecord if ranks.rank else RunRecord

@@ -26,7 +26,7 @@ from evaluation.judge import Judge, load_judge
 from evaluation.metrics import check_torchmetrics, most_missed, show_to
 from evaluation.scorecard import FULL, QUICK, STAGES, agreement_by_resolution, check_judge, scorecard, table
 from models import Generator, load_network
-from training.speed import tune_process
+from training.speed import keep_memory, tune_process
 from utils import BadInput, announce, atomic_write, choose_device, on_terminal, print_line
 
 MISSED = 10  # images of each class
@@ -58,6 +58,7 @@ def evaluate(opt: argparse.Namespace) -> None:
         check_output("--missed", opt.missed, ".png")
     device, _ = choose_device(opt.device)
     tune_process(device)
+    keep_memory(device)
     generator = load_network(opt.weights, device, kinds=(Generator,)).eval()
     announce(f"Weights: {opt.weights}")
     judge = load_judge(opt.judge, device)

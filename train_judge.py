@@ -15,7 +15,7 @@ import cli
 from data import NAMES, load_train_and_test
 from evaluation.judge import judge_images, train_classifier
 from models import save_network
-from training.speed import tune_process
+from training.speed import keep_memory, tune_process
 from utils import announce, choose_device, print_line
 
 
@@ -36,6 +36,7 @@ def train_judge(opt: argparse.Namespace) -> None:
     """Train and write the judge that the command line asks for. Raises BadInput, or OSError if it cannot be written."""
     device, why = choose_device(opt.device)
     tune_process(device)
+    keep_memory(device)
     cli.check_output("--out", opt.out, ".pth")
     data, test = load_train_and_test(opt.dataset, opt.data_root, opt.test_root, opt.img_size)
     announce(why)

@@ -1,12 +1,14 @@
 """Fast ways compute what the plain ones compute."""
 
 import re
+import subprocess
+import sys
 from argparse import Namespace
 
 import pytest
 import small
 import torch
-from conftest import assert_same_run, read_rows
+from conftest import ROOT, assert_same_run, read_rows
 from torch import nn
 
 import acgan
@@ -159,6 +161,28 @@ def test_resumed_run_has_the_threads_that_it_began_with(start, tmp_path):
         _, err = (process := start(*flags, env={"OMP_NUM_THREADS": threads})).communicate()
         assert process.returncode == 0 and "bit-exactly" not in err, err
     assert_same_run(tmp_path / "resumed", tmp_path / "straight")
+
+
+@pytest.mark.skipif(not speed.glibc(), reason="only glibc is told to keep memory")
+def test_large_blocks_go_back_to_the_kernel_until_memory_is_kept():
+    code = """
+import resource, torch
+from training.speed import keep_memory, tune_process
+tune_process(cpu := torch.device("cpu"))
+def new_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(4_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(new_pages())
+keep_memory(cpu)
+new_pages()
+print(new_pages())
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    mapped_again, kept = map(int, result.stdout.split())
+    assert mapped_again > 10 * 16e6 / 2**21  # even with the largest pages
+    assert kept < 100
 
 
 def test_bf16_keeps_the_gradient_of_a_sure_discriminator():

@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import logging
+import mmap
 import os
 import sys
 import time
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from utils import BadInput, announce, on_terminal
 
 BREAK_EVEN = 1_500  # batches of a run; compiling won its time back after 500 with AVX-512, once after 1,300 without
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4  # from glibc's malloc.h
 
 
 def tune_process(device: torch.device, threads: int | None = None) -> None:
@@ -21,30 +23,50 @@ def tune_process(device: torch.device, threads: int | None = None) -> None:
 
     Threads: sums on a CPU are split among them, so a resumed run needs the `threads` that it had. They are set even if
     nothing changes: otherwise MKL may choose fewer by itself, in some starts of the same program (docs/resume.md).
-    CPU on Linux: glibc returns every large block to the kernel when it is freed, and the next one is mapped again, page
-    by page: up to half of a batch's time. Here it keeps them, and asks for large pages.
     CUDA: cuDNN picks its fastest algorithms by trying, and float32 products may use TF32.
     """
     possible = type(threads) is int and 1 <= threads <= (os.cpu_count() or 1)
     torch.set_num_threads(threads if possible else torch.get_num_threads())
-    if device.type == "cpu" and sys.platform == "linux":
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by PyTorch's allocator at its first use
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-        if mallopt is not None:
-            m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # from malloc.h
-            mallopt(m_mmap_max, 0)
-            mallopt(m_trim_threshold, 2**31 - 1)
-            mallopt(m_top_pad, 2**28)
-    elif device.type == "cuda":
+    if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
+    elif libc := glibc():
+        libc.mallopt(M_MMAP_THRESHOLD, 2**17)  # its default, which would grow: large blocks go back when they are freed
 
 
-def release_memory() -> None:
-    """Return to the kernel what is free by now; what is freed later is kept again."""
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if malloc_trim is not None:
-        malloc_trim(0)
+def keep_memory(device: torch.device) -> None:
+    """From here on, keep what is freed for the next batch, in large pages; for a CPU on Linux.
+
+    glibc returns every large block to the kernel when it is freed, and the next one is mapped again, page by page: up
+    to half of a batch's time. Call this when the data are loaded and G is compiled: what they leave would only be holes
+    that the blocks of a batch do not fit into.
+    """
+    libc = glibc() if device.type == "cpu" else None
+    if not libc:
+        return
+    libc.malloc_trim(0)
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    libc.mallopt(M_TOP_PAD, 2**28)
+    # PyTorch's own way to large pages (THP_MEM_ALLOC_ENABLE) aligns blocks to pages, which leaves more holes
+    start = libc.sbrk(0)
+    libc.free(libc.malloc(2**26))  # larger than any hole, so the heap grows, by that and the padding
+    start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    libc.madvise(start, libc.sbrk(0) - start, mmap.MADV_HUGEPAGE)
+
+
+def glibc():
+    """Return the C library, with the types of what is called here, or None if it is not glibc."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(libc, "mallopt"):
+        return None
+    address, size = ctypes.c_void_p, ctypes.c_size_t
+    libc.malloc.restype, libc.malloc.argtypes = address, [size]
+    libc.free.argtypes = [address]
+    libc.sbrk.restype, libc.sbrk.argtypes = address, [ctypes.c_ssize_t]
+    libc.madvise.argtypes = [address, size, ctypes.c_int]
+    libc.malloc_trim.argtypes = [size]
+    return libc
 
 
 def choose_compile(opt, device: torch.device) -> str:
@@ -66,8 +88,8 @@ def choose_compile(opt, device: torch.device) -> str:
 def accelerate(train_batch, generator, discriminator, batch_size: int, compile: str, amp: str, in_memory: bool = True):
     """Return the fastest way that this device has to call `train_batch(generator, discriminator, indices, penalised)`.
 
-    Only full batches use a compiled G. A CUDA graph needs batches from the device's memory. Returns a function of
-    the indices and `penalised`; what it returns may be overwritten by its next call.
+    From here on freed memory is kept. Only full batches use a compiled G. A CUDA graph needs batches from the device's
+    memory. Returns a function of the indices and `penalised`; what it returns may be overwritten by its next call.
     """
     plain = fast = (generator, discriminator)
     if amp == "bf16":
@@ -77,13 +99,14 @@ def accelerate(train_batch, generator, discriminator, batch_size: int, compile: 
         plain = fast = tuple(InBfloat16(network) for network in plain)
     if compile == "on":
         fast = compiled(generator, plain[0], batch_size, amp), plain[1]
+    device = next(generator.parameters()).device
+    keep_memory(device)
 
     def call(indices, penalised=False):
         return train_batch(*(fast if len(indices) == batch_size else plain), indices, penalised)
 
-    on_cuda = next(generator.parameters()).device.type == "cuda"
     one_rank = not isinstance(generator, DistributedDataParallel)  # several talk to each other in mid-batch
-    return CapturedBatches(call, discriminator) if on_cuda and one_rank and in_memory else call
+    return CapturedBatches(call, discriminator) if device.type == "cuda" and one_rank and in_memory else call
 
 
 class InBfloat16(torch.nn.Module):
@@ -126,7 +149,6 @@ def compiled(generator, plain, batch_size: int, amp: str):
         return plain
     if on_terminal():
         announce(f"Compiled in {time.monotonic() - start:.0f} s.")
-    release_memory()  # a compiler takes much, in pieces that tensors do not fit into
     return fast
 
 
