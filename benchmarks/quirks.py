@@ -144,6 +144,16 @@ def table(rows: list[dict], which: str, points: list[int]) -> list[str]:
     return lines
 
 
+def last_gains(rows: list[dict]) -> list[str]:
+    """Say what the last five epochs of the longer runs still changed, as an answer to when one should stop."""
+    before, after = ({row["name"]: row["ema"] for row in rows if row["batches"] == at} for at in LONG[-2:])
+    lines = ["When should one stop? This is what the last five of the 25 epochs still changed (points, shares):"]
+    for name in [name for name in VARIANTS if name in before and name in after]:
+        changes = [f"{SHOWN[key]} {shown(key, after[name][key] - before[name][key], None)}" for key in JUDGED_BY]
+        lines.append(f"{name}: {', '.join(changes)}.")
+    return lines
+
+
 def machines(rows: list[dict]) -> list[str]:
     """Return what ran where, as lines of Markdown."""
     lines = ["| machine | seed | variants |", "| --- | --- | --- |"]
@@ -190,7 +200,8 @@ def report(rows: list[dict], points: tuple[int, ...]) -> str:
     if longer := [row for row in rows if row["batches"] in LONG]:
         lines += ["", "## Up to 25 epochs, one run each", "", "The rate of `best` falls in the second half of its 25",
                   "epochs, so its earlier scores are not those of a shorter run. The EMA:", ""]  # fmt: skip
-        lines += [*table(longer, "ema", list(LONG)), "", "G itself:", "", *table(longer, "raw", list(LONG))]
+        lines += [*table(longer, "ema", list(LONG)), "", *last_gains(longer), "", "G itself:", ""]
+        lines += table(longer, "raw", list(LONG))
     lines += overlap.section(read_rows(overlap.ROWS))
     lines += ["", "## Machines", "", "With the same seed, another machine rounds differently, which soon gives another",
               "run of the same kind.", "", *machines(short)]  # fmt: skip
