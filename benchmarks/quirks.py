@@ -116,10 +116,12 @@ def verdict(intervals: dict[str, tuple[float, float | None]], seeds: int) -> str
         return f"fewer than {FEW} seeds: undecided"
     up = [SHOWN[key] for key, (mean, half) in intervals.items() if mean > half]
     down = [SHOWN[key] for key, (mean, half) in intervals.items() if -mean > half]
+    rest = [SHOWN[key] for key, (mean, half) in intervals.items() if abs(mean) <= half]
+    undecided = f"; {', '.join(rest)} undecided" if rest else ""
     if up and down:
-        return f"a trade: {', '.join(up)} up; {', '.join(down)} down"
+        return f"a trade: {', '.join(up)} up; {', '.join(down)} down{undecided}"
     if up or down:
-        return f"**{'helps' if up else 'harms'}**: {', '.join(up or down)} {'up' if up else 'down'}"
+        return f"**{'helps' if up else 'harms'}**: {', '.join(up or down)} {'up' if up else 'down'}{undecided}"
     return "no difference that this study can see"
 
 

@@ -109,9 +109,9 @@ def test_verdicts_follow_from_the_intervals():
 
     nothing = (0.01, 0.02)
     assert of(nothing, nothing, (-0.01, 0.02)) == "no difference that this study can see"
-    assert of((0.03, 0.02), nothing, nothing) == "**helps**: agreement up"
-    assert of(nothing, (-0.03, 0.02), (-0.5, 0.1)) == "**harms**: coverage, CAS down"
-    assert of((0.03, 0.02), (-0.03, 0.02), nothing) == "a trade: agreement up; coverage down"
+    assert of((0.03, 0.02), nothing, nothing) == "**helps**: agreement up; coverage, CAS undecided"
+    assert of(nothing, (-0.03, 0.02), (-0.5, 0.1)) == "**harms**: coverage, CAS down; agreement undecided"
+    assert of((0.03, 0.02), (-0.03, 0.02), (0.03, 0.02)) == "a trade: agreement, CAS up; coverage down"
     assert of((0.5, None), (0.5, None), (0.5, None), seeds=1) == "fewer than 3 seeds: undecided"
     assert of((0.5, 0.1), (0.5, 0.1), (0.5, 0.1), seeds=2) == "fewer than 3 seeds: undecided"
 
