@@ -149,10 +149,10 @@ def table(rows: list[dict], which: str, points: list[int]) -> list[str]:
 def last_gains(rows: list[dict]) -> list[str]:
     """Say what the last five epochs of the longer runs still changed, as an answer to when one should stop."""
     before, after = ({row["name"]: row["ema"] for row in rows if row["batches"] == at} for at in LONG[-2:])
-    lines = ["When should one stop? This is what the last five of the 25 epochs still changed (points, shares):"]
+    lines = ["When should one stop? This is what the last five of the 25 epochs still changed (points, shares):", ""]
     for name in [name for name in VARIANTS if name in before and name in after]:
         changes = [f"{SHOWN[key]} {shown(key, after[name][key] - before[name][key], None)}" for key in JUDGED_BY]
-        lines.append(f"{name}: {', '.join(changes)}.")
+        lines.append(f"- {name}: {', '.join(changes)}.")
     return lines
 
 

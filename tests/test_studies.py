@@ -119,7 +119,7 @@ def test_verdicts_follow_from_the_intervals():
 def test_last_gains_are_those_of_the_last_five_epochs():
     rows = [row | {"batches": at} for at, value in zip(quirks.LONG[-3:], (0.1, 0.5, 0.75), strict=True)
             for row in rows_of(faithful=[value])]  # fmt: skip
-    assert quirks.last_gains(rows)[1:] == ["faithful: agreement +25.0, coverage +0.250, CAS +25.0."]
+    assert quirks.last_gains(rows)[-1:] == ["- faithful: agreement +25.0, coverage +0.250, CAS +25.0."]
 
 
 def test_overlapping_digits_have_the_shares_that_they_claim():
