@@ -24,7 +24,7 @@ from data import LabelledImages, load_dataset
 from drawing import draw_set
 from evaluation.judge import judge_images, load_judge
 from models import load_network
-from training.speed import keep_memory, tune_process
+from training.speed import tune_process
 from utils import atomic_write, choose_device
 
 ROWS = ROOT / "benchmarks" / "overlap.jsonl"
@@ -58,7 +58,6 @@ def run_cell(name: str, seed: int, opt: argparse.Namespace) -> None:
     folder = opt.work / f"{name.replace(' ', '_')}_{opt.batches}_{seed}"
     train_cell([*VARIANTS[name], *opt.flags], seed, (opt.batches,), folder)
     tune_process(device := choose_device("auto")[0])
-    keep_memory(device)
     generator = load_network(folder / f"ema_{opt.batches}.pth", device).eval()
     labels = torch.arange(len(CLASSES)).repeat(COUNTED)
     images = draw_set(generator, labels, seed=0)

@@ -28,7 +28,7 @@ from evaluation import metrics
 from evaluation.judge import load_judge
 from evaluation.scorecard import QUICK
 from models import Generator, load_network
-from training.speed import keep_memory, tune_process
+from training.speed import tune_process
 from utils import atomic_write, choose_device
 
 POINTS = (500, 1000, 3000)  # batches after which G is scored; the last ends the run
@@ -88,7 +88,6 @@ def run_cell(name: str, seed: int, opt: argparse.Namespace) -> None:
     folder = opt.work / f"{name.replace(' ', '_')}_{opt.points[-1]}_{seed}"
     train_cell([*VARIANTS[name], *opt.flags], seed, opt.points, folder)
     tune_process(device := choose_device("auto")[0])
-    keep_memory(device)
     judge, rows = load_judge(None, device), []
     real = metrics.show_to(judge, *load_train_and_test("mnist", None, None, 32)[1][:2])
     for point in opt.points:

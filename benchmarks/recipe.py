@@ -29,7 +29,7 @@ from evaluation.metrics import show_to
 from evaluation.scorecard import Counts, score
 from models import Discriminator, load_network, save_network
 from training import departures
-from training.speed import keep_memory, tune_process
+from training.speed import tune_process
 
 ROWS = ROOT / "benchmarks" / "recipe.jsonl"
 TRAINED = 50_000  # digits; the rest of the 60,000 is for the scores
@@ -145,8 +145,7 @@ def run_cell(name: str, seed: int, judge_path: Path) -> None:
         if status:
             sys.exit(status)
         generator = load_network(Path(out_dir) / "acgan_gen_ema.pth").eval()
-    tune_process(device := torch.device("cpu"))
-    keep_memory(device)
+    tune_process(torch.device("cpu"))
     data = load_dataset("mnist", None, 32)
     judge = held_out_judge(judge_path, data)
     labels = torch.arange(10).repeat(COUNTS.cas)

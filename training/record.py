@@ -29,8 +29,8 @@ from utils import Diverged, announce, atomic_write, on_terminal, print_line
 LOOK_INTERVAL = 0.3  # seconds between two readings of the figures for the bar
 FILM_FRAMES = 60  # at most
 FILM_MILLISECONDS, FILM_LAST_MILLISECONDS = 150, 3000  # how long each frame is shown, and the last one
-CAPTION = 14  # pixels above a frame of the film
 ROOT = Path(__file__).resolve().parent.parent
+CAPTION = 14  # pixels above a frame of the film
 
 
 class SilentRecord:
