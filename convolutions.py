@@ -196,8 +196,8 @@ def _(grad, pixels):
 class NarrowConv2d(nn.Conv2d):
     """Conv2d(3x3, padding=1) to few channels, too few to fill the vectors of a library's convolution.
 
-    `sum_taps`: each pixel is multiplied by all nine taps of the kernel at once, and the nine results are shifted and
-    added; for a compiled G, as above.
+    `sum_taps`, on a CPU: each pixel is multiplied by all nine taps of the kernel at once, and the nine results are
+    shifted and added.
     """
 
     def __init__(self, in_channels: int, out_channels: int):
@@ -205,7 +205,7 @@ class NarrowConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map float (B, in_channels, h, w) to (B, out_channels, h, w)."""
-        return self.sum_taps(x) if compiles_for_cpu(x) else super().forward(x)
+        return self.sum_taps(x) if in_float32_on_cpu(x) else super().forward(x)
 
     def sum_taps(self, x: torch.Tensor) -> torch.Tensor:
         """Do what forward does by one matrix product."""
@@ -234,5 +234,9 @@ def shifted(x, down: int, right: int):
 
 def compiles_for_cpu(x) -> bool:
     """Say whether a compiler reads this for a CPU, without bf16: only it joins many sums, and so makes them cheap."""
-    compiles = torch.compiler.is_compiling() and x.device.type == "cpu"
-    return compiles and not torch.is_autocast_enabled("cpu")
+    return torch.compiler.is_compiling() and in_float32_on_cpu(x)
+
+
+def in_float32_on_cpu(x) -> bool:
+    """Say whether this runs on a CPU, without bf16."""
+    return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
