@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
-    import early_interrupt  # noqa: F401
+    import before_torch  # noqa: F401
 
 import torch
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 if __name__ == "__main__":
-    import early_interrupt  # noqa: F401
+    import before_torch  # noqa: F401
 
 import torch
 from torchvision.utils import make_grid, save_image

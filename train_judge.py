@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    import early_interrupt  # noqa: F401
+    import before_torch  # noqa: F401
 
 import cli
 from data import NAMES, load_train_and_test

@@ -26,15 +26,18 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import acgan  # noqa: E402 (needs the path above)
+if sys.argv[1:3] == ["--side", "ours"]:
+    import before_torch  # noqa: F401
+
+import numpy as np  # noqa: E402 (needs the line above)
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from PIL import Image  # noqa: E402
+
+import acgan  # noqa: E402
 from benchmarks.plain import plain_generator  # noqa: E402
 from convolutions import NarrowConv2d, UpsampleConv2d  # noqa: E402
 from data import builtin  # noqa: E402

@@ -1,5 +1,6 @@
 """The command line: every mistake gets one line that names the flag, exit status 2, and leaves no trace."""
 
+import os
 import re
 import subprocess
 import sys
@@ -42,3 +43,13 @@ def test_commands_start_from_any_folder(tmp_path):
     command = [sys.executable, ROOT / "generate.py", "7", "-n", "1"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0 and (tmp_path / "generated.png").exists(), result.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch's wheels bring another OpenMP elsewhere")
+@pytest.mark.parametrize("own", [{}, {"GOMP_SPINCOUNT": "70000"}])
+@pytest.mark.parametrize("command", ["acgan.py", "evaluate.py"])
+def test_threads_of_openmp_wait_briefly_unless_told_otherwise(command, own):
+    env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | own
+    words = [sys.executable, ROOT / command, "--help"]
+    result = subprocess.run(words, env=env | {"OMP_DISPLAY_ENV": "VERBOSE"}, capture_output=True, text=True)
+    assert f"GOMP_SPINCOUNT = '{own.get('GOMP_SPINCOUNT', 3000)}'" in result.stderr  # as OpenMP itself read it

@@ -8,7 +8,7 @@ from conftest import ROOT
 COMMANDS = ("acgan", "generate", "evaluate", "train_judge")
 # each floor may import those before it, and itself
 FLOORS = [
-    ("early_interrupt", "utils"),
+    ("before_torch", "utils"),
     ("convolutions",),
     ("models",),
     ("drawing",),

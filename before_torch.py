@@ -1,0 +1,9 @@
+"""A command imports this before torch: what must be set before the slow imports, or before OpenMP's threads start."""
+
+import os
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the command without a traceback
+# a thread of GNU's OpenMP (PyTorch's on Linux) looks this often for the others, then sleeps; 300,000 is the default.
+# If another program holds a core, looking takes the time that they need.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
