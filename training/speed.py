@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils import BadInput, announce, on_terminal
 
-BREAK_EVEN = 1_500  # batches of a run; compiling won its time back after 500 with AVX-512, once after 1,300 without
+BREAK_EVEN = 1_500  # batches of a run; compiling won its time back after 800 with AVX-512, once after 1,300 without
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4  # from glibc's malloc.h
 
 
