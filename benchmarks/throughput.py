@@ -29,7 +29,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-if sys.argv[1:3] == ["--side", "ours"]:
+if sys.argv[1:3] == ["--side", "ours"]:  # the tutorial's side keeps PyTorch's own settings
     import before_torch  # noqa: F401
 
 import numpy as np  # noqa: E402 (needs the line above)
