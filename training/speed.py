@@ -161,6 +161,9 @@ class CompiledGenerator(torch.nn.Module):
     def __init__(self, generator):
         super().__init__()
         self.generator = generator
+        for layer in generator.modules():
+            if isinstance(layer, torch.nn.LeakyReLU):
+                layer.inplace = False  # in place, its gradient would read its result, a tensor more than batch norm's
         self.decode = torch.compile(generator.decode, dynamic=False)
 
     def forward(self, noise, labels):
