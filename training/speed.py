@@ -163,7 +163,7 @@ class CompiledGenerator(torch.nn.Module):
         self.generator = generator
         for layer in generator.modules():
             if isinstance(layer, torch.nn.LeakyReLU):
-                layer.inplace = False  # in place, its gradient would read its result, a tensor more than batch norm's
+                layer.inplace = False  # in place, its gradient would read one tensor more: the result
         self.decode = torch.compile(generator.decode, dynamic=False)
 
     def forward(self, noise, labels):
