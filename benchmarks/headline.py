@@ -1,8 +1,8 @@
-"""Run the project's headline command to its end in stretches, each of which is kept: `acgan.py --seed 0 --n_epochs 200`.
+"""The headline run to its end, `acgan.py --seed 0 --n_epochs 200`, in stretches whose weights are kept.
 
     python benchmarks/headline.py RUN                               # begin, or go on after a stop or a kill
     python benchmarks/headline.py RUN --acgan CLONE/acgan.py        # with the code of another checkout
-    python benchmarks/headline.py RUN --stretch 20 --steps 60 -- --compile on    # flags after -- are acgan.py's
+    python benchmarks/headline.py RUN --stretch 20 --steps 60 --compile on       # other flags are acgan.py's
 
 A stretch ends at each multiple of --stretch batches; together they equal one uninterrupted run, bit for bit. After each
 one, RUN/stretches/STEP/ gets the weight files of G, D and the EMA, and RUN/stretches.jsonl a row. Ctrl-C, or
@@ -73,8 +73,7 @@ def main() -> int:
                         help="the script to run (default: this checkout's)")  # fmt: skip
     parser.add_argument("--stretch", type=int, default=4690, help="batches of a stretch (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=187_600, help="batches of the whole run (default: %(default)s)")
-    parser.add_argument("flags", nargs="*", default=[], help="more flags of acgan.py, after --")
-    opt = parser.parse_args()
+    opt, flags = parser.parse_known_args()
     while True:
         checkpoint = read_checkpoint(opt.run)
         done = checkpoint["step"] if checkpoint else 0
@@ -84,13 +83,10 @@ def main() -> int:
             return 0
         end = min((done // opt.stretch + 1) * opt.stretch, opt.steps)
         # without --resume a finished stretch would be moved aside, as an earlier run
-        where = (
-            ["--resume", str(opt.run)]
-            if checkpoint
-            else ["--seed", "0", "--n_epochs", "200", "--out_dir", str(opt.run)]
-        )
+        begin = ["--seed", "0", "--n_epochs", "200", "--out_dir", str(opt.run)]
+        where = ["--resume", str(opt.run)] if checkpoint else begin
         start = time.monotonic()
-        status, reason = train_stretch([sys.executable, str(opt.acgan), *where, "--max_steps", str(end), *opt.flags])
+        status, reason = train_stretch([sys.executable, str(opt.acgan), *where, "--max_steps", str(end), *flags])
         checkpoint = read_checkpoint(opt.run)
         row = dict(first=done, done=checkpoint["step"] if checkpoint else 0, seconds=round(time.monotonic() - start),
                    instructions=torch.backends.cpu.get_cpu_capability(), machine=platform.machine(),
