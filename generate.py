@@ -18,10 +18,24 @@ import numpy as np
 import torch
 from torchvision.utils import make_grid, save_image
 
-from cli import COUNT, SEED, OneLineParser, add_device_flag, add_weights_flag, check_output, run_command
-from drawing import CHUNK, draw_images, draw_set
-from models import Generator, load_network
-from utils import BadInput, announce, atomic_write, choose_device, counted, print_line
+import fast
+from data.drawing import CHUNK, draw_images, draw_set
+from models import Generator
+from run.weights import GENERATOR, add_weights_flag, load_network
+from utils import (
+    COUNT,
+    SEED,
+    BadInput,
+    OneLineParser,
+    add_device_flag,
+    announce,
+    atomic_write,
+    check_output,
+    choose_device,
+    counted,
+    print_line,
+    run_command,
+)
 
 PNG_LIMIT = 10_000  # images in one picture
 SCALE, SIDE = 4, 1000  # without --scale a picture is enlarged up to SCALE times, and up to SIDE pixels
@@ -89,7 +103,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def generate(opt: argparse.Namespace) -> None:
     """Write what the command line asks for. Raises BadInput, or OSError if it cannot be written."""
     device, _ = choose_device(opt.device)
-    generator = load_network(opt.weights, device, kinds=(Generator,)).eval()
+    generator = load_network(opt.weights, device, GENERATOR).eval()
+    fast.use_fast_layers(generator)
     labels = list(range(len(generator.classes)))
     if opt.interpolate:
         labels = find_classes(opt.interpolate, "--interpolate", generator.classes)
@@ -129,7 +144,7 @@ def generate(opt: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit status, as cli.run_command does."""
+    """Run the command line and return its exit status, as utils.run_command does."""
     return run_command("generate.py", lambda: generate(parse_args(argv)))
 
 

@@ -11,24 +11,34 @@ from pathlib import Path
 if __name__ == "__main__":
     import before_torch  # noqa: F401
 
-import cli
-from data import NAMES, load_train_and_test
+from data import add_data_flags, load_train_and_test
 from evaluation.judge import judge_images, train_classifier
-from models import save_network
-from training.speed import keep_memory, tune_process
-from utils import announce, choose_device, print_line
+from fast.process import keep_memory, tune_process
+from run.weights import save_network
+from utils import (
+    COUNT,
+    IMG_SIZE,
+    SEED,
+    OneLineParser,
+    add_device_flag,
+    announce,
+    check_output,
+    choose_device,
+    print_line,
+    run_command,
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; bad flags end the program with one line and exit status 2."""
-    parser = cli.OneLineParser("train_judge.py", "Train a judge on real images, and test it.")
+    parser = OneLineParser("train_judge.py", "Train a judge on real images, and test it.")
     add = parser.add_argument
     add("--out", type=Path, default=Path("judge.pth"), metavar="FILE", help="file to write")
-    add("--n_epochs", type=cli.COUNT, default=10, metavar="N", help="passes over the training images")
-    add("--img_size", type=cli.IMG_SIZE, default=32, metavar="N", help="side of the images to judge, pixels")
-    add("--seed", type=cli.SEED, default=0, metavar="N", help="seed of the weights and of the order of the images")
-    cli.add_data_flags(parser, NAMES)
-    cli.add_device_flag(parser)
+    add("--n_epochs", type=COUNT, default=10, metavar="N", help="passes over the training images")
+    add("--img_size", type=IMG_SIZE, default=32, metavar="N", help="side of the images to judge, pixels")
+    add("--seed", type=SEED, default=0, metavar="N", help="seed of the weights and of the order of the images")
+    add_data_flags(parser)
+    add_device_flag(parser)
     return parser.parse_args(argv)
 
 
@@ -37,19 +47,18 @@ def train_judge(opt: argparse.Namespace) -> None:
     device, why = choose_device(opt.device)
     tune_process(device)
     keep_memory(device)
-    cli.check_output("--out", opt.out, ".pth")
+    check_output("--out", opt.out, ".pth")
     data, test = load_train_and_test(opt.dataset, opt.data_root, opt.test_root, opt.img_size)
     announce(why)
     judge = train_classifier(*data[:2], len(data.classes), opt.n_epochs, opt.seed, device, jitter=True)
-    judge.classes = data.classes
     accuracy = (judge_images(judge, test.images)[1] == test.labels).double().mean()
-    save_network(opt.out, judge)
+    save_network(opt.out, judge, data.classes)
     print_line(f"{opt.out}: {accuracy:.2%} of the {len(test.labels):,} test images recognised", must_succeed=True)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit status, as cli.run_command does."""
-    return cli.run_command("train_judge.py", lambda: train_judge(parse_args(argv)), too_large="lower --img_size")
+    """Run the command line and return its exit status, as utils.run_command does."""
+    return run_command("train_judge.py", lambda: train_judge(parse_args(argv)), too_large="lower --img_size")
 
 
 if __name__ == "__main__":

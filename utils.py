@@ -1,12 +1,13 @@
-"""What every command needs: errors, messages, seeds, the device, atomic writes and stop requests."""
+"""What every command needs: errors, messages, flags, seeds, the device, atomic writes, signals and the exit status."""
 
+import argparse
 import contextlib
 import io
+import math
 import os
 import signal
 import sys
 import tempfile
-import threading
 import time
 import zipfile
 from pathlib import Path
@@ -170,37 +171,17 @@ def catch_signals(handler=None) -> dict:
 class StopRequest:
     """Inside the block, a first stop signal sets `requested`; a second one raises Stopped.
 
-    `exit_status` is 128 + the number of the first signal. Python calls signal handlers only between two of its own
-    steps, so a long computation or a disk that hangs would hold them up. A second thread sees to it that the second
-    signal ends the process even then.
+    `exit_status` is 128 + the number of the first signal.
     """
 
     SAME_SIGNAL = 1.0  # seconds; torchrun passes a terminal's Ctrl-C on, so that it arrives twice
-    GRACE = 1.0  # seconds for the handler, before the thread ends the process
 
     def __init__(self) -> None:
         self.requested, self.exit_status = False, 0
 
     def __enter__(self):
         self._previous = catch_signals(self._on_signal)
-        self._left = threading.Event()
-        read_end, self._write_end = os.pipe()
-        if hasattr(os, "set_blocking"):  # not on Windows before Python 3.12
-            os.set_blocking(self._write_end, False)
-        self._previous_fd = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, args=(read_end,), daemon=True).start()
         return self
-
-    def _watch(self, read_end: int) -> None:
-        since = None
-        while number := os.read(read_end, 1):  # the number of a signal; nothing once the block is left
-            if number[0] not in self._previous:
-                continue
-            since = since or time.monotonic()
-            if time.monotonic() - since > self.SAME_SIGNAL and not self._left.wait(self.GRACE):
-                announce("Stopped at once.")
-                os._exit(128 + number[0])
-        os.close(read_end)
 
     def _on_signal(self, number, frame):
         if not self.requested:
@@ -209,8 +190,96 @@ class StopRequest:
             raise Stopped(number)
 
     def __exit__(self, *exc_info):
-        self._left.set()
-        signal.set_wakeup_fd(self._previous_fd)
-        os.close(self._write_end)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Ends each flag's help with its default, unless the help already states one."""
+
+    def _get_help_string(self, action):
+        if "(default: " in action.help or not action.option_strings or action.default is argparse.SUPPRESS:
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser with one-line errors; exit status 2."""
+
+    def __init__(self, prog: str, description: str):
+        super().__init__(prog=prog, description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str):
+        hint = " (--help lists the flags)" if message.startswith("unrecognized arguments: ") else ""
+        self.exit(2, f"{self.prog}: error: {message}{hint}\n")
+
+
+def number(kind: type, wanted: str, accept):
+    """Return an argparse type: a finite `kind` that `accept` takes, or else an error that says what is `wanted`."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+            if math.isfinite(value) and accept(value):
+                return value
+        except (ValueError, OverflowError):
+            pass
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+
+    return parse
+
+
+COUNT = number(int, "a whole number from 1 to 2147483647", lambda value: 1 <= value < 2**31)
+SEED = number(int, "a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)
+IMG_SIZE = number(int, "a multiple of 4 from 16 to 65532, such as 28 or 32", lambda n: 16 <= n < 2**16 and n % 4 == 0)
+
+
+def add_device_flag(group) -> None:
+    """Add --device."""
+    devices = ["auto", "cpu", "cuda", "mps"]
+    group.add_argument("--device", choices=devices, default="auto", help="where to compute; auto prefers a GPU")
+
+
+def report_error(prog: str, line: str) -> None:
+    """Write one line to stderr; a rank other than 0 names itself, as each can fail for a reason of its own."""
+    print_line(f"{prog}: error: {f'rank {rank()}: ' if rank() else ''}{line}", sys.stderr)
+
+
+def run_command(prog: str, command, too_large: str = "ask for fewer images", stopped: str = "nothing was written"):
+    """Call `command()` and return the script's exit status.
+
+    That is the command's own, or 0. It is 2 after bad input, a failed write or too little memory: then `too_large` says
+    what to do. It is 128 + N after signal N: then `stopped` says what is left.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")  # names that this terminal cannot show
+    catch_signals()
+    try:
+        return command() or 0
+    except BadInput as error:
+        report_error(prog, str(error))
+    except Stopped as signalled:
+        announce(f"Stopped: {stopped}.")
+        return signalled.exit_status
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        report_error(prog, f"not enough memory: {too_large}")
+    except OSError as error:
+        where = error.filename or "the output"
+        report_error(prog, f"cannot write {str(where)!r} ({error.strerror or error}): free space or name another place")
+    return 2
+
+
+def check_output(flag: str, path: Path, suffix: str) -> None:
+    """Raise BadInput unless a file can be written to `path`, whose name must end in `suffix`. Leave no trace."""
+    if path.is_dir() or not path.name:
+        raise BadInput(f"argument {flag}: {str(path)!r} is a folder: name a file")
+    if path.exists() and not path.is_file():
+        raise BadInput(f"argument {flag}: {str(path)!r} is a device or a pipe: name a file")
+    if path.suffix.lower() != suffix:
+        raise BadInput(f"argument {flag}: {str(path)!r} does not end in {suffix}: name a file that does")
+    check_writable(flag, path.parent)

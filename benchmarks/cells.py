@@ -13,10 +13,11 @@ import torch
 from tqdm import tqdm
 
 import acgan
-from models import save_network, update_ema
-from training.checkpoint import has_checkpoint
+from run.checkpoint import has_checkpoint
+from run.weights import save_network, update_ema
 
 ROOT = Path(__file__).resolve().parent.parent
+CLASSES = [str(digit) for digit in range(10)]
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -74,7 +75,7 @@ def train_cell(flags: list[str], seed: int, points: tuple[int, ...], folder: Pat
         update_ema(ema, generator, decay, steps)
         if steps in points:
             for which, network in (("ema", ema), ("raw", generator)):
-                save_network(folder / f"{which}_{steps}.pth", network)
+                save_network(folder / f"{which}_{steps}.pth", network, CLASSES)
 
     if all((folder / f"{which}_{point}.pth").exists() for which in ("ema", "raw") for point in points):
         return

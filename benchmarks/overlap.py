@@ -19,12 +19,13 @@ from torchvision.transforms.functional import to_tensor
 from torchvision.utils import make_grid, save_image
 
 import acgan
+import fast
 from benchmarks.cells import ROOT, append_rows, machine, mean_and_interval, read_rows, run_cells, train_cell
 from data import LabelledImages, load_dataset
-from drawing import draw_set
+from data.drawing import draw_set
 from evaluation.judge import judge_images, load_judge
-from models import load_network
-from training.speed import tune_process
+from fast.process import tune_process
+from run.weights import load_network
 from utils import atomic_write, choose_device
 
 ROWS = ROOT / "benchmarks" / "overlap.jsonl"
@@ -59,6 +60,7 @@ def run_cell(name: str, seed: int, opt: argparse.Namespace) -> None:
     train_cell([*VARIANTS[name], *opt.flags], seed, (opt.batches,), folder)
     tune_process(device := choose_device("auto")[0])
     generator = load_network(folder / f"ema_{opt.batches}.pth", device).eval()
+    fast.use_fast_layers(generator)
     labels = torch.arange(len(CLASSES)).repeat(COUNTED)
     images = draw_set(generator, labels, seed=0)
     seen, shares = judge_images(load_judge(None, device), images)[1], {}

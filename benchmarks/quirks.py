@@ -20,15 +20,16 @@ from pathlib import Path
 
 import torch
 
+import fast
 from benchmarks import overlap
 from benchmarks.cells import ROOT, append_rows, machine, mean_and_interval, read_rows, run_cells, train_cell
 from data import load_train_and_test
-from drawing import draw_set
+from data.drawing import draw_set
 from evaluation import metrics
 from evaluation.judge import load_judge
 from evaluation.scorecard import QUICK
-from models import Generator, load_network
-from training.speed import tune_process
+from fast.process import tune_process
+from run.weights import load_network
 from utils import atomic_write, choose_device
 
 POINTS = (500, 1000, 3000)  # batches after which G is scored; the last ends the run
@@ -67,7 +68,7 @@ SHOWN = {"agreement": "agreement", "fid": "FID", "intra_fid": "intra-FID", "dens
 JUDGED_BY = ("agreement", "coverage", "cas")  # the verdicts; more of each is better
 
 
-def score(generator: Generator, real: metrics.Judged, judge, per_class: int, with_cas: bool) -> dict[str, float]:
+def score(generator, real: metrics.Judged, judge, per_class: int, with_cas: bool) -> dict[str, float]:
     """Return the scores of `per_class` images of each class, drawn by G in eval mode from the noise of seed 0."""
     n_classes = len(generator.classes)
     labels = torch.arange(n_classes).repeat(max(per_class, QUICK.cas) if with_cas else per_class)
@@ -95,6 +96,7 @@ def run_cell(name: str, seed: int, opt: argparse.Namespace) -> None:
         for which in ("ema", "raw"):
             with_cas = which == "ema" and point >= CAS_FROM
             generator = load_network(folder / f"{which}_{point}.pth", device)
+            fast.use_fast_layers(generator)
             row[which] = score(generator, real, judge, opt.scored, with_cas)
         rows.append(row)
     append_rows(opt.rows, rows)

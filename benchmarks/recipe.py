@@ -14,22 +14,21 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 import acgan
-import recipes
+import departures
+import fast
 from benchmarks.cells import ROOT, append_rows, read_rows, run_cells
 from data import load_dataset
-from drawing import draw_set
+from data.drawing import draw_set
 from evaluation.judge import load_judge, train_classifier
 from evaluation.metrics import show_to
-from evaluation.scorecard import Counts, score
-from models import Discriminator, load_network, save_network
-from training import departures
-from training.speed import tune_process
+from evaluation.scorecard import Counts, score_images
+from fast.process import tune_process
+from run.weights import load_network, save_network
 
 ROWS = ROOT / "benchmarks" / "recipe.jsonl"
 TRAINED = 50_000  # digits; the rest of the 60,000 is for the scores
@@ -82,11 +81,11 @@ VARIANTS = {  # name: batches, flags
 
 def half_class_term() -> None:
     """Halve G's class term."""
-    whole = departures.Objective.generator_class
-    departures.Objective.generator_class = lambda *inputs: whole(*inputs) / 2
+    whole = departures.Step.generator_class
+    departures.Step.generator_class = lambda *inputs: whole(*inputs) / 2
 
 
-class ShiftingDiscriminator(Discriminator):
+class ShiftingDiscriminator(departures.Discriminator):
     """D that sees each image shifted by up to 2 pixels each way, as in DiffAugment (arXiv:2006.10738)."""
 
     def moved(self, img):
@@ -101,18 +100,17 @@ class ShiftingDiscriminator(Discriminator):
     def forward(self, img):
         return super().forward(self.moved(img))
 
-    def with_logit(self, img):
-        return super().with_logit(self.moved(img))
 
-
-def with_discriminator(kind: type) -> Callable[[], None]:
-    """Return a change that trains with a D of this kind."""
-    return lambda: setattr(recipes, "Discriminator", kind)
+def shifts() -> None:
+    """Train with a D that sees shifted images."""
+    with_logit = departures.with_logit
+    departures.Discriminator = ShiftingDiscriminator
+    departures.with_logit = lambda discriminator, img: with_logit(discriminator, discriminator.moved(img))
 
 
 CHANGES = {  # ideas without a flag
     "both, lr 0.004, half class term": half_class_term,
-    "both, shifts": with_discriminator(ShiftingDiscriminator),
+    "both, shifts": shifts,
 }
 
 
@@ -126,8 +124,7 @@ def held_out_judge(path: Path, data):
     """Return the judge of the digits to train on; it is trained once and kept at `path`."""
     if not path.exists():
         judge = train_classifier(data.images[:TRAINED], data.labels[:TRAINED], 10, 10, 0, "cpu", jitter=True)
-        judge.classes = data.classes
-        save_network(path, judge)
+        save_network(path, judge, data.classes)
     return load_judge(path)
 
 
@@ -145,12 +142,13 @@ def run_cell(name: str, seed: int, judge_path: Path) -> None:
         if status:
             sys.exit(status)
         generator = load_network(Path(out_dir) / "acgan_gen_ema.pth").eval()
+        fast.use_fast_layers(generator)
     tune_process(torch.device("cpu"))
     data = load_dataset("mnist", None, 32)
     judge = held_out_judge(judge_path, data)
     labels = torch.arange(10).repeat(COUNTS.cas)
     real = show_to(judge, data.images[TRAINED:], data.labels[TRAINED:])
-    scores, by_class = score(draw_set(generator, labels, seed=0), labels, real, judge, COUNTS)
+    scores, by_class = score_images(draw_set(generator, labels, seed=0), labels, real, judge, COUNTS)
     scores["worst_coverage"] = min(row["coverage"] for row in by_class)
     scores = {key: round(value, 5) for key, value in scores.items()}
     row = dict(name=name, seed=seed, batches=batches, flags=flags, seconds=round(seconds, 1), **scores)

@@ -23,7 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.cells import ROOT, append_rows, machine, read_rows
-from training.checkpoint import read_checkpoint
+from run.checkpoint import read_checkpoint
 
 ROWS = ROOT / "benchmarks" / "speedrun.jsonl"
 SCORES = {"cas": "{:.2%}", "agreement": "{:.2%}", "coverage": "{:.3f}", "fid": "{:.3f}", "ms_ssim": "{:.3f}"}

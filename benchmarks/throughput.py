@@ -38,9 +38,9 @@ import torch.nn.functional as F  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import acgan  # noqa: E402
-from benchmarks.plain import plain_generator  # noqa: E402
-from convolutions import NarrowConv2d, UpsampleConv2d  # noqa: E402
+import run.loop  # noqa: E402
 from data import builtin  # noqa: E402
+from fast.convolutions import NarrowConv2d, UpsampleConv2d, use_fast_layers  # noqa: E402
 from models import Discriminator, Generator, weights_init_normal  # noqa: E402
 
 # What keeps PyTorch, oneDNN and MKL from AVX-512. Compiled code is kept apart: it would crash a process without these.
@@ -76,7 +76,7 @@ def tutorial_batches(device: torch.device, workers: int):
     LongTensor = torch.cuda.LongTensor if cuda else torch.LongTensor
     loader = torch.utils.data.DataLoader(PerImageMNIST(), batch_size=64, shuffle=True, num_workers=workers)
     adversarial_loss, auxiliary_loss = torch.nn.BCELoss(), torch.nn.CrossEntropyLoss()
-    generator = plain_generator(Generator().apply(weights_init_normal)).to(device)
+    generator = Generator().apply(weights_init_normal).to(device)
     discriminator = Discriminator().apply(weights_init_normal).to(device)
     optimizer_G = torch.optim.Adam(generator.parameters(), lr=0.0002, betas=(0.5, 0.999))
     optimizer_D = torch.optim.Adam(discriminator.parameters(), lr=0.0002, betas=(0.5, 0.999))
@@ -149,22 +149,18 @@ def run_side(opt, device: torch.device) -> None:
         for _ in tutorial_batches(device, opt.workers):
             rounds.after_batch()
 
-    class TimedRecord(acgan.RunRecord):
+    class TimedRecord(run.loop.Record):
         def batch(self, *args) -> None:
             super().batch(*args)
             rounds.after_batch()
 
-    def build_plain(opt, device):
-        generator, *others = build_networks(opt, device)
-        return plain_generator(generator), *others
-
-    acgan.RunRecord, build_networks = TimedRecord, acgan.build_networks
+    run.loop.Record = TimedRecord
     if opt.without == "fold":
-        acgan.build_networks = build_plain
+        acgan.fast.use_fast_layers = lambda G, D: D.to(memory_format=torch.channels_last)
     if opt.without == "share":
         UpsampleConv2d.share = UpsampleConv2d.fold
     if opt.without == "sum_taps":
-        NarrowConv2d.sum_taps = torch.nn.Conv2d.forward
+        NarrowConv2d.sum_taps = lambda self, x: F.conv2d(x, self.weight, self.bias, padding=1)
     with tempfile.TemporaryDirectory() as out_dir:
         sys.exit(acgan.main(["--out_dir", out_dir, "--device", device.type, *opt.flags]))
 
@@ -209,6 +205,7 @@ def multiply_adds() -> float:
     ours = {torch.ops.acgan.multiply: lambda pixels, kernels, **_: 2 * math.prod(pixels) * kernels[1],
             torch.ops.acgan.multiply_back: lambda grad, pixels, **_: 2 * math.prod(pixels) * grad[4]}  # fmt: skip
     generator, discriminator = Generator(), Discriminator()
+    use_fast_layers(generator, discriminator)
     optimizers = [torch.optim.Adam(network.parameters()) for network in (generator, discriminator)]
     labels = torch.zeros(64, dtype=torch.long)
     shared = mock.patch.object(UpsampleConv2d, "forward", UpsampleConv2d.share)
@@ -287,7 +284,7 @@ def main() -> None:
     parser.add_argument(
         "--without",
         choices=["sum_taps", "share", "fold"],
-        help="ours without one of the fast ways in convolutions.py; fold: without any (default: with all)",
+        help="ours without one of the fast ways in fast/convolutions.py; fold: without any (default: with all)",
     )
     parser.add_argument("--isa", choices=["native", "avx2"], default="native",
                         help="instructions for both sides; avx2 is emulated (default: %(default)s)")  # fmt: skip

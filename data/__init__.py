@@ -1,5 +1,6 @@
-"""The training images, as bytes and labels, and shuffled batches of them.
-Imports only utils. builtin.py reads the known sets, folder.py a user's own images, batches.py makes the batches.
+"""The training images, as bytes and labels.
+
+builtin.py reads the known sets, folder.py a user's own images; batches.py shuffles them, drawing.py draws with G.
 """
 
 import os
@@ -50,6 +51,14 @@ def load_dataset(
         scratch = scratch or Path(tempfile.gettempdir())
         return LabelledImages(*load_folder(data_root, img_size, min(n_cpu, cores), scratch))
     return LabelledImages(*load_builtin(name, data_root, img_size, train))
+
+
+def add_data_flags(parser) -> None:
+    """Add --dataset, --data_root and --test_root, as evaluate.py and train_judge.py read them."""
+    add = parser.add_argument
+    add("--dataset", choices=NAMES, default="mnist", help="the real images")
+    add("--data_root", type=Path, metavar="DIR", help="their folder, as for acgan.py (default: as for acgan.py)")
+    add("--test_root", type=Path, metavar="DIR", help="folder of the test images of --dataset folder (default: none)")
 
 
 def load_train_and_test(

@@ -26,7 +26,7 @@ class Batches:
 
     An epoch takes the same numbers from torch's CPU stream as that loader: first a base seed for its workers, unused
     here, then the sampler's seed, from which one permutation follows. The last, smaller batch is kept. Images in memory
-    are copied to `device` once, if they fit there. `ranks`, a training.distributed.Ranks, each take their share of a
+    are copied to `device` once, if they fit there. `ranks`, a run.ranks.Ranks, each take their share of a
     larger batch. `by_class` sorts each batch, which stays the same otherwise.
     """
 

@@ -1,3 +1,1 @@
-"""How good are generated images? A judge of real images, the metrics on what it sees, and the scorecard.
-Imports only utils, models, drawing and data.
-"""
+"""How good are generated images? A judge of real images, the metrics on what it sees, and the scorecard."""

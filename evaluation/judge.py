@@ -9,7 +9,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data.batches import normalize
-from models import load_network
+from run.weights import load_network
 from utils import on_terminal
 
 BUNDLED = Path(__file__).resolve().parent.parent / "weights" / "judge.pth"
@@ -22,7 +22,6 @@ class Judge(nn.Module):
     def __init__(self, n_classes: int = 10, img_size: int = 32, channels: int = 1):
         super().__init__()
         self.config = dict(n_classes=n_classes, img_size=img_size, channels=channels)
-        self.classes = [str(label) for label in range(n_classes)]  # the data set's names replace these
 
         def block(in_filters, out_filters, kernel_size, stride):
             conv = nn.Conv2d(in_filters, out_filters, kernel_size, stride, kernel_size // 2, bias=False)
@@ -47,7 +46,7 @@ class Judge(nn.Module):
 
 def load_judge(path: Path | None, device="cpu") -> Judge:
     """Return the judge of a weight file, or the bundled one, in eval mode. Raises BadInput."""
-    return load_network(path or BUNDLED, device, kinds=(Judge,)).eval()
+    return load_network(path or BUNDLED, device, {"Judge": Judge}).eval()
 
 
 @torch.no_grad()

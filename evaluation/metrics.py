@@ -9,7 +9,6 @@ import importlib.util
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from evaluation.judge import Judge, judge_images, train_classifier
 from utils import BadInput
@@ -41,13 +40,6 @@ class Judged:
 def show_to(judge: Judge, images: torch.Tensor, labels: torch.Tensor) -> Judged:
     """Return what the judge sees in images, uint8 (N, C, H, W), with labels, int64 (N,)."""
     return Judged(images, labels, *judge_images(judge, images))
-
-
-def blurred(images: torch.Tensor, part: int) -> torch.Tensor:
-    """Bring images, uint8 (N, C, H, W), down to 1 / `part` of their side and back up, bilinearly (paper, 4.1)."""
-    side = images.shape[-1]
-    smaller = F.interpolate(images.float(), size=side // part, mode="bilinear", antialias=True)
-    return F.interpolate(smaller, size=side, mode="bilinear").round().clamp(0, 255).to(torch.uint8)
 
 
 def check_torchmetrics(needed_by: str) -> None:
@@ -97,13 +89,6 @@ def density_and_coverage(real: torch.Tensor, fake: torch.Tensor) -> tuple[float,
         inside += within.sum().item()
         covered += within.any(1).sum().item()
     return inside / (k * len(fake)), covered / len(real)
-
-
-def most_missed(real: Judged, fake: Judged, label: int, count: int) -> torch.Tensor:
-    """Return the real images of a class that are farthest from any fake, the farthest first: uint8 (count, C, H, W)."""
-    own = real.of_class(label)
-    nearest = torch.cat([torch.cdist(chunk, fake.features).amin(1) for chunk in own.features.split(1000)])
-    return own.images[nearest.topk(count).indices]
 
 
 def same_class_ms_ssim(images: torch.Tensor, pairs: int, seed: int) -> float:

@@ -21,15 +21,6 @@ sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, and threads of one would wait for those of another
 
 
-@pytest.fixture(autouse=True)
-def kept(tmp_path, monkeypatch) -> Path:
-    """A folder of the test's own, not there yet, for the scores of real images: none sees those of an earlier test."""
-    from evaluation import real_scores
-
-    monkeypatch.setattr(real_scores, "KEPT", tmp_path / "kept")
-    return tmp_path / "kept"
-
-
 def call(main, *flags) -> SimpleNamespace:
     """Call a script's main() with `flags`, piped; has .status, .out and .err."""
     out, err = io.StringIO(), io.StringIO()
@@ -134,7 +125,7 @@ def differing(one, other) -> list[str]:
 
 def assert_same_run(ours: Path, theirs: Path) -> None:
     """Two run folders hold the same run bit by bit: rows, weights, optimisers, random states."""
-    from training.checkpoint import read_checkpoint
+    from run.checkpoint import read_checkpoint
 
     assert (ours / "metrics.jsonl").read_bytes() == (theirs / "metrics.jsonl").read_bytes()
     for name in ("acgan_gen.pth", "acgan_dist.pth", "acgan_gen_ema.pth"):
@@ -142,6 +133,7 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     one, other = (read_checkpoint(folder) for folder in (ours, theirs))
     for checkpoint in (one, other):
         del checkpoint["options"], checkpoint["file"]  # they name folders
+        del checkpoint["plan"]["compile"], checkpoint["plan"]["schedule_steps"]  # of how each was begun
     assert differing(one, other) == []
 
 

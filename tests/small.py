@@ -9,6 +9,7 @@ SPOIL_AT="R B"  rank R gets images that are not numbers in the batch after B bat
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import acgan  # noqa: E402 (needs the path above)
+import departures  # noqa: E402
 from data import LabelledImages, builtin, load_dataset  # noqa: E402
 from data.batches import Batches  # noqa: E402
 
@@ -46,36 +48,38 @@ def few(n: int):
 
 def watch() -> None:
     """Do in each batch what the environment asks for."""
-    train_step, gather, seen = acgan.train_step, Batches.gather, []
+    gather, seen, done = Batches.gather, [], itertools.count()
     rank, restarted = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
     def watched_gather(self, indices):
         seen.append(indices.tolist())
         return gather(self, indices)
 
-    def watched_step(generator, discriminator, optimizer_G, optimizer_D, real_imgs, labels, z, *others):
-        done = len(watched_step.calls)
-        watched_step.calls.append(1)
-        if os.environ.get("PAUSE_AT") == str(done):
-            os.kill(os.getpid(), signal.SIGSTOP)
-        if os.environ.get("KILL_AT") == f"{rank} {done}" and not restarted:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if os.environ.get("SPOIL_AT") == f"{rank} {done}":
-            real_imgs = real_imgs * float("nan")
-        inputs = real_imgs, labels, z, *others
-        metrics = train_step(generator, discriminator, optimizer_G, optimizer_D, *inputs)
-        if "NOTES" in os.environ:
-            digest = hashlib.sha256()
-            for optimizer in (optimizer_G, optimizer_D):
-                for parameter in optimizer.param_groups[0]["params"]:
-                    digest.update(parameter.detach().numpy().tobytes())
-            note = {"indices": seen[-1], "z": z.sum().item(), "parameters": digest.hexdigest()}
-            with open(Path(os.environ["NOTES"]) / f"{rank}.jsonl", "a") as file:
-                print(json.dumps(note), file=file)
-        return metrics
+    def watched(update):
+        def watched_update(*inputs):
+            *first, optimizer_G, optimizer_D, real_imgs, labels, z, gen_labels = inputs
+            batches = next(done)
+            if os.environ.get("PAUSE_AT") == str(batches):
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if os.environ.get("KILL_AT") == f"{rank} {batches}" and not restarted:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if os.environ.get("SPOIL_AT") == f"{rank} {batches}":
+                real_imgs = real_imgs * float("nan")
+            metrics = update(*first, optimizer_G, optimizer_D, real_imgs, labels, z, gen_labels)
+            if "NOTES" in os.environ:
+                digest = hashlib.sha256()
+                for optimizer in (optimizer_G, optimizer_D):
+                    for parameter in optimizer.param_groups[0]["params"]:
+                        digest.update(parameter.detach().numpy().tobytes())
+                note = {"indices": seen[-1], "z": z.sum().item(), "parameters": digest.hexdigest()}
+                with open(Path(os.environ["NOTES"]) / f"{rank}.jsonl", "a") as file:
+                    print(json.dumps(note), file=file)
+            return metrics
 
-    watched_step.calls = []
-    acgan.train_step, Batches.gather = watched_step, watched_gather
+        return watched_update
+
+    acgan.train_step, Batches.gather = watched(acgan.train_step), watched_gather
+    departures.Step.__call__ = watched(departures.Step.__call__)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,29 @@
-"""G's convolutions as layers with PyTorch's parameters and results, computed in less time."""
+"""G's convolutions, computed in less time: layers with the parameters and the results of those that they replace."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models import Discriminator, Generator
 
-class UpsampleConv2d(nn.Conv2d):
+
+def use_fast_layers(generator: Generator, discriminator: Discriminator | None = None) -> None:
+    """Swap G's layers for faster ones, in place, and let D compute channels last on a CPU, where that is faster.
+
+    Parameters are the same objects under the same names, and no random number is drawn. Results differ by rounding.
+    """
+    blocks = generator.conv_blocks
+    for number, layer in enumerate(blocks):
+        if isinstance(layer, nn.Conv2d):
+            upsamples = isinstance(blocks[number - 1], nn.Upsample)
+            blocks[number] = UpsampleConv2d(layer) if upsamples else NarrowConv2d(layer)
+            if upsamples:
+                blocks[number - 1] = nn.Identity()  # it is in the next layer; the place keeps the parameters' names
+    if discriminator is not None and next(discriminator.parameters()).device.type == "cpu":
+        discriminator.to(memory_format=torch.channels_last)
+
+
+class UpsampleConv2d(nn.Module):
     """Upsample(scale_factor=2), nearest, then Conv2d(3x3, padding=1), with fewer multiplications.
 
     Along one axis the doubled image is u[2i] = u[2i+1] = x[i], so with the kernel (w0, w1, w2)
@@ -29,15 +47,16 @@ class UpsampleConv2d(nn.Conv2d):
     convolve (arXiv:1509.09308), at the points 0, 1, -1 and infinity, of both kernels above at once. The many sums are
     cheap only where a compiler joins them; an eager G folds.
 
-    Both agree with the plain pair but for rounding, borders included, and have its parameters under its names.
+    Both agree with the plain pair but for rounding, borders included.
     """
 
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, 3, stride=1, padding=1)
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map float (B, in_channels, h, w) to (B, out_channels, 2h, 2w)."""
-        return self.share(x) if compiles_for_cpu(x) else self.fold(x)
+        return self.share(x) if torch.compiler.is_compiling() and on_cpu(x) else self.fold(x)
 
     def fold(self, x: torch.Tensor) -> torch.Tensor:
         """Do what forward does by one transposed convolution."""
@@ -137,7 +156,7 @@ class SharedProducts(torch.autograd.Function):
     def forward(ctx, x, bias, *kernels):
         batch, _, h, w = x.shape
         rows, columns = (h + 1) // 2, (w + 1) // 2  # of pairs; an odd side ends with one more zero
-        # two more axes: what has four or five, the compiler may lay out as it likes images
+        # 6-D on purpose: Inductor lays out 4-D and 5-D tensors as channels-last images
         padded = F.pad(x.permute(0, 2, 3, 1)[None, None], (0, 0, 1, 1 + w % 2, 1, 1 + h % 2))
         pixels = grouped_pixels([mixed_pixels(row, 4, columns) for row in mixed_pixels(padded, 3, rows)], 5)
         pixels = [group[0, 0] for group in pixels]
@@ -193,23 +212,24 @@ def _(grad, pixels):
     return pixels.new_empty(*grad.shape[3:], pixels.shape[4])
 
 
-class NarrowConv2d(nn.Conv2d):
+class NarrowConv2d(nn.Module):
     """Conv2d(3x3, padding=1) to few channels, too few to fill the vectors of a library's convolution.
 
     `sum_taps`, on a CPU: each pixel is multiplied by all nine taps of the kernel at once, and the nine results are
     shifted and added.
     """
 
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, 3, stride=1, padding=1)
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map float (B, in_channels, h, w) to (B, out_channels, h, w)."""
-        return self.sum_taps(x) if in_float32_on_cpu(x) else super().forward(x)
+        return self.sum_taps(x) if on_cpu(x) else F.conv2d(x, self.weight, self.bias, padding=1)
 
     def sum_taps(self, x: torch.Tensor) -> torch.Tensor:
         """Do what forward does by one matrix product."""
-        taps = self.weight.permute(2, 3, 0, 1).reshape(-1, self.in_channels, 1, 1)
+        taps = self.weight.permute(2, 3, 0, 1).reshape(-1, self.weight.shape[1], 1, 1)
         return ShiftedSum.apply(F.conv2d(x, taps)) + self.bias[:, None, None]
 
 
@@ -232,11 +252,6 @@ def shifted(x, down: int, right: int):
     return F.pad(x, (1, 1, 1, 1))[:, :, 1 - down : 1 - down + h, 1 - right : 1 - right + w]
 
 
-def compiles_for_cpu(x) -> bool:
-    """Say whether a compiler reads this for a CPU, without bf16: only it joins many sums, and so makes them cheap."""
-    return torch.compiler.is_compiling() and in_float32_on_cpu(x)
-
-
-def in_float32_on_cpu(x) -> bool:
-    """Say whether this runs on a CPU, without bf16."""
+def on_cpu(x: torch.Tensor) -> bool:
+    """Say whether a CPU computes this, and not in bfloat16, in which its library's convolutions are faster."""
     return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")

@@ -101,12 +101,13 @@ def was_restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
-def explain(error: BaseException | None, step: int) -> None:
-    """Raise Diverged or LostRank if what ended the training in batch `step` is PyTorch's own error about these."""
+def cause(error: BaseException | None, step: int) -> Diverged | LostRank | None:
+    """Return what ended the training in batch `step`, if that is known from PyTorch's own error."""
     if not isinstance(error, RuntimeError):
-        return
+        return None
     words = str(error)
     if "between 0 and 1" in words or "device-side assert" in words:  # BCELoss's, on the CPU and on CUDA
-        raise Diverged(f"the loss is no longer finite at step {step}") from error
+        return Diverged(f"the loss is no longer finite at step {step}")
     if isinstance(error, dist.DistError) or any(name in words for name in ("gloo", "Connection closed", "NCCL")):
-        raise LostRank("another rank of this run was lost") from error
+        return LostRank("another rank of this run was lost")
+    return None

@@ -1,6 +1,6 @@
 """Checkpoints: all that a run needs to resume bit-exactly, written so that no fault loses it."""
 
-import json
+import dataclasses
 import os
 import time
 from pathlib import Path
@@ -8,26 +8,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from run.plan import Plan
 from utils import BadInput, Diverged, announce, atomic_write, load_data, out_of_memory
 
 NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
-FORMAT, OLD_FORMATS = "acgan checkpoint 2", ("acgan checkpoint 1",)
-KEYS = ("step", "finished", "options", "random", "parts")
-OPTIONS = {"seed", "world_size", "classes", "n_images", "labels_crc32", "sample_interval", "compile"}
-PARTS = ("generator", "discriminator", "optimizer_G", "optimizer_D", "batches", "ema")
+FORMAT, OLD_FORMATS = "acgan checkpoint 3", ("acgan checkpoint 1", "acgan checkpoint 2")
+PARTS = {"generator", "discriminator", "optimizer_G", "optimizer_D", "batches", "ema"}
 
 
 class Checkpoints:
-    """Writes `checkpoint.pt` in a run's folder: the states of `parts`, by the names in PARTS, and the random states.
+    """Writes `checkpoint.pt` in a run's folder: options, plan, the states of `parts` by name, and the random states.
 
     What the `record` has written is flushed to the disk first. `restore` is the other half.
     """
 
     SECONDS = 120
 
-    def __init__(self, opt, device: torch.device, record, parts: dict):
+    def __init__(self, opt, plan: Plan, device: torch.device, record, parts: dict):
         self.out_dir, self.interval = opt.out_dir, opt.checkpoint_interval
-        self.options, self.parts = as_data(opt), parts
+        self.decided, self.parts = dict(options=as_data(opt), plan=dataclasses.asdict(plan)), parts
         self.device, self.record = device, record
         self.last_time = time.monotonic()
 
@@ -47,11 +46,9 @@ class Checkpoints:
 
         Raises Diverged, and writes nothing, if a number is not finite. After an OSError the earlier ones are kept.
         """
-        if not self.record.writes:  # a rank other than 0
-            return
         parts = {name: part.state_dict() for name, part in self.parts.items()}
-        packed = dict(format=FORMAT, step=step, finished=finished, options=self.options,
-                      random=random_state(self.device), parts=parts)  # fmt: skip
+        packed = dict(format=FORMAT, step=step, finished=finished, **self.decided, random=random_state(self.device),
+                      parts=parts)  # fmt: skip
         if not all_finite(parts):
             raise Diverged(f"the networks are no longer finite after batch {step}")
         self.record.flush()
@@ -61,17 +58,6 @@ class Checkpoints:
             os.replace(newest, self.out_dir / PREVIOUS)
         os.replace(new, newest)
         sync_folder(self.out_dir)
-
-    def finish(self, step: int, finished: bool) -> None:
-        """Write the last checkpoint and the weights; each is tried even if the other fails. Raises as save does."""
-        networks = [self.parts[name] for name in ("generator", "discriminator", "ema")]
-        try:
-            self.save(step, finished)
-        except OSError:
-            self.record.finish(*networks)
-            raise
-        self.record.finish(*networks)
-        self.record.say_end(finished)
 
 
 def as_data(opt) -> dict:
@@ -88,9 +74,6 @@ def restore(checkpoint: dict, parts: dict, device: torch.device) -> int:
                 fit_moments(state["state"], part)
                 state = {"state": state["state"], "param_groups": part.state_dict()["param_groups"]}  # of the options
             part.load_state_dict(state)
-        name = "position in the data"
-        if parts["batches"].position != checkpoint["step"] % len(parts["batches"]):
-            raise ValueError("not that of its number of batches")
         name = "random state"
         exact = restore_random_state(checkpoint["random"], device)
     except Exception as error:  # the checksums were right, so the file was written like this
@@ -119,8 +102,6 @@ def fit_moments(state: dict, optimizer: torch.optim.Optimizer) -> None:
             if (moment.shape, moment.dtype, moment.layout) != wanted:
                 raise ValueError(f"{name} of another size or type")
             state[number][name] = torch.empty_like(parameter).copy_(moment)
-        if not 0 <= float(state[number]["step"]) < 2**31:
-            raise ValueError("no number of steps")
 
 
 def read_checkpoint(folder: Path, quiet: bool = False) -> dict:
@@ -133,25 +114,26 @@ def read_checkpoint(folder: Path, quiet: bool = False) -> dict:
         raise BadInput(f"argument --resume: there is no {NEWEST} in {str(folder)!r}: name the folder of a run")
     for path in paths:
         try:
-            packed = dict(load_data(path))
-            old = packed["format"] in OLD_FORMATS
-            if not old and is_complete(packed):
-                if path.name == PREVIOUS and not quiet:
-                    announce(f"{folder / NEWEST} is corrupt or missing: resuming from {PREVIOUS} instead.")
-                return {key: packed[key] for key in KEYS} | {"file": path}
+            packed = load_data(path)
+            if packed["format"] not in (FORMAT, *OLD_FORMATS) or not packed["parts"].keys() >= PARTS:
+                continue
+            if packed["format"] == FORMAT:
+                Plan(**packed["plan"])  # raises for one that lacks something
+            if path.name == PREVIOUS and not quiet:
+                announce(f"{folder / NEWEST} is corrupt or missing: resuming from {PREVIOUS} instead.")
+            return packed | {"file": path}
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError):
             continue
-        if old:
-            raise BadInput(f"argument --resume: {str(path)!r} is from an older version of this script: resume it there")
     raise BadInput(f"argument --resume: {str(paths[0])!r} is corrupt, or is not a checkpoint: name another run")
 
 
-def is_complete(packed: dict) -> bool:
-    """Return True if a file holds all parts of a checkpoint of today's format. Raises what is wrong otherwise."""
-    json.dumps(packed["options"])  # raises for tensors and the like
-    has_counts = all(type(count) is int and count >= 0 for count in (packed["step"], packed["options"]["seed"]))
-    has_all = packed["options"].keys() >= OPTIONS and packed["parts"].keys() >= set(PARTS)
-    return packed["format"] == FORMAT and type(packed["finished"]) is bool and has_counts and has_all
+def read_to_resume(folder: Path) -> dict:
+    """Return the checkpoint of a run that this version can continue. Raises BadInput."""
+    checkpoint = read_checkpoint(folder)
+    if checkpoint["format"] != FORMAT:
+        raise BadInput(f"argument --resume: {str(checkpoint['file'])!r} is from an older version of this script: "
+                       "continue it with that version, or begin a new run in another folder")  # fmt: skip
+    return checkpoint
 
 
 def describe_last(folder: Path) -> str:
@@ -175,10 +157,12 @@ def check_finished(out_dir: Path) -> None:
     try:
         checkpoint = read_checkpoint(out_dir, quiet=True)
     except BadInput:
-        checkpoint = {"finished": False, "step": "unknown"}
+        checkpoint = {"finished": False, "step": "unknown", "format": FORMAT}
     if not checkpoint["finished"]:
+        there = "add --resume to continue" if checkpoint["format"] == FORMAT else (
+            "it is from an older version of this script: continue it with that version")  # fmt: skip
         raise BadInput(f"argument --out_dir: {str(out_dir)!r} holds an unfinished run (batches done: "
-                       f"{checkpoint['step']}): add --resume to continue, or name another folder")  # fmt: skip
+                       f"{checkpoint['step']}): {there}, or name another folder")  # fmt: skip
 
 
 def random_state(device: torch.device) -> dict:
@@ -201,8 +185,6 @@ def restore_random_state(state: dict, device: torch.device) -> bool:
     kind, *rest = state["numpy"]["rest"]
     if not 0 <= rest[0] <= 624:  # NumPy does not check before it reads there
         raise ValueError("no position in NumPy's random numbers")
-    if not state["numpy"]["keys"].any():
-        raise ValueError("NumPy would draw the same number for ever")
     np.random.set_state((kind, state["numpy"]["keys"].numpy().astype(np.uint32), *rest))
     if state["device"] != device.type:
         return False

@@ -1,6 +1,7 @@
 """What a run shows and records: bars, sample grids, TensorBoard, metrics.jsonl, config.json, weights and a film."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -20,11 +21,11 @@ from PIL import Image, ImageDraw
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from models import save_network
-from training import run_folder
-from training.checkpoint import as_data
-from training.distributed import explain
-from utils import Diverged, announce, atomic_write, on_terminal, print_line
+from run import folder
+from run.checkpoint import as_data
+from run.plan import Plan
+from run.weights import BEST, WEIGHTS, save_network
+from utils import BadInput, Diverged, announce, atomic_write, on_terminal, print_line
 
 LOOK_INTERVAL = 0.3  # seconds between two readings of the figures for the bar
 FILM_FRAMES = 60  # at most
@@ -33,33 +34,17 @@ ROOT = Path(__file__).resolve().parent.parent
 CAPTION = 14  # pixels above a frame of the film
 
 
-class SilentRecord:
-    """The record of a rank other than 0: it only counts the batches, to name the one that a failure occurs in."""
-
-    writes = False
-
-    def __init__(self, opt, device, steps_per_epoch: int, step: int):
-        self.step = step  # the batch in progress, or the next one
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        explain(error, self.step)
-
-    def progress(self, epoch: int, batches):
-        """Yield from `batches` of an epoch, counted from 0."""
-        for indices in batches:
-            yield indices
-            self.step += 1
-
-    def nothing(self, *args, **kwargs) -> None:
-        """Stand in for every method that writes."""
-
-    graph = batch = grid = end_epoch = scores = best = finish = say_end = nothing
+def check_tensorboard() -> None:
+    """Raise BadInput unless TensorBoard's writer can be imported."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except Exception as error:  # a broken installation, or a stray folder that is taken for a part of it
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadInput(f"TensorBoard cannot be imported ({why}): pip install --force-reinstall tensorboard, or remove "
+                       "what stands in its way, such as a folder named tensorflow") from error  # fmt: skip
 
 
-class RunRecord(SilentRecord):
+class Record:
     """The record of a run in its folder, and the user's view of it.
 
     On a terminal it shows a bar for each epoch; piped, it prints a line for each epoch to stdout. A new run first moves
@@ -69,44 +54,40 @@ class RunRecord(SilentRecord):
     cannot be written, and BadInput if another run writes there.
     """
 
-    writes = True
-
-    def __init__(self, opt, device, steps_per_epoch: int, step: int):
-        super().__init__(opt, device, steps_per_epoch, step)
-        self.opt, self.out_dir, self.steps_per_epoch = opt, opt.out_dir, steps_per_epoch
-        self.best_generator = self.out_dir / run_folder.BEST[0]
+    def __init__(self, opt, plan: Plan, device, steps_per_epoch: int, step: int):
+        self.opt, self.plan, self.out_dir, self.steps_per_epoch = opt, plan, opt.out_dir, steps_per_epoch
         self.bar, self.last_left, self.warned = None, 0.0, set()
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        self.lock = run_folder.lock(self.out_dir)
-        run_folder.remove_part_files(self.out_dir)
+        self.lock = folder.lock(self.out_dir)
+        folder.remove_part_files(self.out_dir)
         if not step:
-            run_folder.set_aside_earlier_run(self.out_dir)
+            folder.set_aside_earlier_run(self.out_dir)
         (self.out_dir / "images").mkdir(exist_ok=True)
-        self.log_dir = (run_folder.earlier_log_dir(self.out_dir) if step else None) or run_folder.new_log_dir(
-            self.out_dir
-        )
-        config = dict(options=as_data(opt), seed=opt.seed, device=str(device), classes=opt.classes, resumed_after=step,
+        earlier = folder.earlier_log_dir(self.out_dir) if step else None
+        self.log_dir = earlier or folder.new_log_dir(self.out_dir)
+        config = dict(options=as_data(opt), **dataclasses.asdict(plan), device=str(device), resumed_after=step,
                       log_dir=self.log_dir.relative_to(self.out_dir).as_posix(), versions=versions())  # fmt: skip
         atomic_write(self.out_dir / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
-        rows = run_folder.rows_before(self.out_dir / "metrics.jsonl", step)
+        rows = folder.rows_before(self.out_dir / "metrics.jsonl", step)
         atomic_write(self.out_dir / "metrics.jsonl", lambda file: file.write(rows))
         self.unwritten = b""  # rows that a full disk refused
         threading.excepthook = hide_disk_errors  # of the event writer's thread; add_scalar raises them too
-        self.open_board()
+        self.open_board(step)
         if not step:
-            self.to_board("add_text", "classes", ", ".join(opt.classes))  # the columns of the grids
+            self.to_board("add_text", "classes", ", ".join(plan.classes))  # the columns of the grids
             self.to_board("add_text", "options", "\n".join(f"- {k}: {v}" for k, v in config["options"].items()))
         self.start, self.first_step = time.monotonic(), step
 
-    def open_board(self) -> None:
-        """Open TensorBoard's files; points from the next batch on that an interrupted run left are dropped."""
+    def open_board(self, step: int) -> None:
+        """Open TensorBoard's files; points from batch `step` on that an interrupted run left are dropped."""
         from torch.utils.tensorboard import SummaryWriter  # here, as its import takes long
 
         # the tutorial's curves count epochs: those of epochs that are done stay
-        purge_step = max(self.step, self.step // self.steps_per_epoch + 1) if self.step else None
+        purge_step = max(step, step // self.steps_per_epoch + 1) if step else None
         self.board = SummaryWriter(self.log_dir, purge_step=purge_step)
 
-    def __exit__(self, kind, error, traceback):
+    def close(self) -> None:
+        """End the bar, write what is left, and let other runs into the folder."""
         if self.bar is not None:
             self.bar.close()
         with self.tolerating("the last records"):
@@ -116,7 +97,6 @@ class RunRecord(SilentRecord):
                 self.board.close()
         if self.lock is not None:
             self.lock.close()
-        super().__exit__(kind, error, traceback)
 
     @contextlib.contextmanager
     def tolerating(self, what: str):
@@ -159,28 +139,31 @@ class RunRecord(SilentRecord):
             os.fsync(file.fileno())
 
     def graph(self, generator, discriminator, z, labels, img) -> None:
-        """Write the graphs of both networks as one, as TensorBoard keeps one a run; a resumed run has it already."""
-        if not self.step:
+        """Write the graphs of both networks as one, as TensorBoard keeps one a run."""
+        try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the tracer's, which do not concern this run
                 self.to_board("add_graph", BothNetworks(generator, discriminator), (z, labels, img))
+        except Exception as error:  # torch.jit.trace ends with the Pythons that it supports
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            announce(f"Warning: TensorBoard gets no graph of the networks ({why}); training continues.")
 
-    def progress(self, epoch: int, batches):
-        """Yield from `batches`, with a bar of this epoch, counted from 0, on a terminal."""
+    def progress(self, epoch: int, step: int, batches):
+        """Yield from `batches`, from batch `step` on, with a bar of this epoch, counted from 0, on a terminal."""
         if self.board is None:
             with self.tolerating("the curves in logs/"):
-                self.open_board()
+                self.open_board(step)
         first = epoch * self.steps_per_epoch
         rate = ", {rate_fmt}" if shutil.get_terminal_size().columns >= 100 else ""
         self.bar = tqdm(
-            total=min(self.steps_per_epoch, self.opt.total_steps - first), initial=self.step - first, unit="batch",
+            total=min(self.steps_per_epoch, self.plan.total_steps - first), initial=step - first, unit="batch",
             desc=f"Epoch {epoch + 1}/{self.opt.n_epochs}", mininterval=LOOK_INTERVAL, dynamic_ncols=True,
             bar_format="{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}" + rate,
             disable=not on_terminal(),
         )  # fmt: skip
-        self.epoch_start, self.epoch_first_step = time.monotonic(), self.step
+        self.epoch_start, self.epoch_first_step = time.monotonic(), step
         self.next_look = self.epoch_start
-        yield from super().progress(epoch, batches)
+        yield from batches
         self.bar.close()
 
     def batch(self, step: int, metrics: dict[str, torch.Tensor]) -> None:
@@ -214,7 +197,7 @@ class RunRecord(SilentRecord):
         took = time.monotonic() - self.epoch_start
         if not self.bar.disable:
             # short epochs share one line a second
-            self.bar.leave = time.monotonic() - self.last_left >= 1 or step + 1 == self.opt.total_steps
+            self.bar.leave = time.monotonic() - self.last_left >= 1 or step + 1 == self.plan.total_steps
             self.last_left = time.monotonic() if self.bar.leave else self.last_left
             self.show(step, row)
             self.bar.close()
@@ -234,7 +217,7 @@ class RunRecord(SilentRecord):
     def left(self, step: int) -> str:
         """Return the time that the rest of the run takes at the speed so far."""
         seconds_per_batch = (time.monotonic() - self.start) / (step + 1 - self.first_step)
-        return clock(seconds_per_batch * (self.opt.total_steps - step - 1))
+        return clock(seconds_per_batch * (self.plan.total_steps - step - 1))
 
     def grid(self, kind: str, imgs: torch.Tensor, step: int) -> None:
         """Write a grid of images, float (N, C, H, W) of any range, one column a class, to TensorBoard and as a PNG.
@@ -242,7 +225,7 @@ class RunRecord(SilentRecord):
         The file is images/{step}.png for the kind "fake_image", and images/fixed_z/{step}.png for "fixed_z".
         """
         # a run that is about to end as diverged may draw NaN
-        grid = make_grid(imgs.cpu(), nrow=len(self.opt.classes), normalize=True).nan_to_num()
+        grid = make_grid(imgs.cpu(), nrow=len(self.plan.classes), normalize=True).nan_to_num()
         path = self.out_dir / "images" / ("fixed_z" if kind == "fixed_z" else "") / f"{step}.png"
         with self.tolerating("sample grids"):
             atomic_write(path, lambda file: save_image(grid, file, format="png"))
@@ -258,49 +241,43 @@ class RunRecord(SilentRecord):
         """Keep the best networks so far, with `more` plain data about them."""
         with self.tolerating("the best generator"):
             # G last: its scores are the ones compared, so after a fault between the two both are written again
-            save_network(self.out_dir / run_folder.BEST[1], discriminator, **more)
-            save_network(self.best_generator, ema, **more)
+            save_network(self.out_dir / BEST[1], discriminator, self.plan.classes, **more)
+            save_network(self.out_dir / BEST[0], ema, self.plan.classes, **more)
 
-    def finish(self, generator, discriminator, ema) -> None:
-        """Write the weights of G, D and the EMA, and the film of the run. Raises OSError."""
-        for name, network in zip(run_folder.WEIGHTS, (generator, discriminator, ema), strict=True):
-            save_network(self.out_dir / name, network)
+    def finish(self, done: int, generator, discriminator, ema) -> None:
+        """Write the weights of G, D and the EMA after `done` batches, and the film of the run. Raises OSError."""
+        for name, network in zip(WEIGHTS, (generator, discriminator, ema), strict=True):
+            save_network(self.out_dir / name, network, self.plan.classes)
         with self.tolerating("images/film.gif"):
-            write_film(self.out_dir / "images", self.step)
+            write_film(self.out_dir / "images", done - 1)
 
-    def say_end(self, finished: bool) -> None:
-        """Announce what the run leaves and what to type next."""
-        if finished:
-            announce(f"Done: {', '.join(run_folder.WEIGHTS)} and images/film.gif are in {self.out_dir.resolve()}")
-            command = command_line(
-                from_here(sys.executable), from_here(ROOT / "generate.py"), "--weights", self.out_dir
-            )
-            announce(f"To draw with them: {command}")
+    def say_end(self, done: int) -> None:
+        """Announce what the run leaves after `done` batches, and what to type next."""
+        if done == self.plan.total_steps:
+            announce(f"Done: {', '.join(WEIGHTS)} and images/film.gif are in {self.out_dir.resolve()}")
+            announce("To draw with them: " + typed(sys.executable, ROOT / "generate.py", "--weights", self.out_dir))
         else:
-            announce(f"Stopped after batch {self.step + 1:,} of {self.opt.total_steps:,}; to continue: "
-                     f"{command_to_continue(self.opt)}")  # fmt: skip
+            announce(f"Stopped after batch {done:,} of {self.plan.total_steps:,}; to continue: "
+                     f"{command_to_continue(self.opt, self.plan)}")  # fmt: skip
 
 
-def command_to_continue(opt) -> str:
+def command_to_continue(opt, plan: Plan) -> str:
     """Return what to type to continue a run as it was begun, with those options that no checkpoint restores."""
-    words = [from_here(sys.executable)]
-    if opt.world_size > 1:
-        words = [from_here(Path(sys.executable).with_name("torchrun")), f"--nproc_per_node={opt.world_size}"]
-    words += [from_here(ROOT / "acgan.py"), "--resume", opt.out_dir]
+    words = [sys.executable]
+    if plan.world_size > 1:
+        words = [Path(sys.executable).with_name("torchrun"), f"--nproc_per_node={plan.world_size}"]
+    words += [ROOT / "acgan.py", "--resume", opt.out_dir]
     for name, default in (("data_root", None), ("max_steps", None), ("device", "auto")):
         if getattr(opt, name) != default:
             words += [f"--{name}", getattr(opt, name)]
-    return command_line(*words)
+    return typed(*words)
 
 
-def command_line(*words) -> str:
-    """Return words as one types them in a shell."""
-    return " ".join(quote(str(word)) for word in words)
-
-
-def from_here(path: str | Path) -> Path:
-    """Return the path of a file as one types it in the current folder."""
-    return Path(path).relative_to(Path.cwd()) if Path(path).is_relative_to(Path.cwd()) else Path(path)
+def typed(*words) -> str:
+    """Return words as one types them in a shell, with paths below the current folder as from there."""
+    here = Path.cwd()
+    short = [Path(word).relative_to(here) if Path(str(word)).is_relative_to(here) else word for word in words]
+    return " ".join(quote(str(word)) for word in short)
 
 
 class BothNetworks(torch.nn.Module):
@@ -316,7 +293,7 @@ class BothNetworks(torch.nn.Module):
 
 def write_film(images: Path, last_step: int) -> None:
     """Write film.gif from the grids of fixed noise up to batch `last_step`, evenly thinned out. Raises OSError."""
-    grids = [path for path in (images / "fixed_z").glob("*.png") if run_folder.OUR_GRID.fullmatch(path.name)]
+    grids = [path for path in (images / "fixed_z").glob("*.png") if folder.OUR_GRID.fullmatch(path.name)]
     grids = [path for path in grids if path.is_file() and int(path.stem) <= last_step]
     grids.sort(key=lambda path: int(path.stem))
     at = np.unique(np.linspace(0, len(grids) - 1, min(FILM_FRAMES, len(grids))).round().astype(int))

@@ -8,13 +8,13 @@ import re
 from datetime import datetime
 from pathlib import Path
 
-from training.checkpoint import NEWEST, PREVIOUS
+from run.checkpoint import NEWEST, PREVIOUS, has_checkpoint, read_checkpoint
+from run.weights import BEST, WEIGHTS
 from utils import PART_FILE, BadInput, announce, check_writable, rank
 
-WEIGHTS = ("acgan_gen.pth", "acgan_dist.pth", "acgan_gen_ema.pth")
-BEST = ("acgan_gen_best.pth", "acgan_dist_best.pth")
 GRIDS = ("images", "images/fixed_z")
 OUR_PART = re.compile(re.escape(PART_FILE).replace(r"\{pid\}", "[0-9]+"))
+LOG_DIR = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d(_\d+)?")
 OUR_GRID = re.compile(r"(0|[1-9][0-9]*)\.png")
 
 
@@ -88,6 +88,24 @@ def set_aside_earlier_run(out_dir: Path) -> None:
         (kept / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(out_dir / name, kept / name)
     announce(f"The earlier run's files were moved to {kept}")
+    drop_older_checkpoints(out_dir, kept)
+
+
+def drop_older_checkpoints(out_dir: Path, newest: Path) -> None:
+    """Delete the checkpoints, 45 MB each, of all earlier runs but the newest, which alone is likely to be extended."""
+    dropped = False
+    for log_dir in (out_dir / "logs").iterdir():
+        if log_dir == newest or not LOG_DIR.fullmatch(log_dir.name) or not has_checkpoint(log_dir):
+            continue
+        with contextlib.suppress(
+            BadInput
+        ):  # what cannot be read stays, as does what was resumed there and not finished
+            if read_checkpoint(log_dir, quiet=True)["finished"]:
+                for name in (NEWEST, PREVIOUS):
+                    (log_dir / name).unlink(missing_ok=True)
+                dropped = True
+    if dropped:
+        announce("Checkpoints of runs before that one were deleted; their weights, rows and grids stay.")
 
 
 def rows_before(path: Path, step: int) -> bytes:

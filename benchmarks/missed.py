@@ -1,0 +1,51 @@
+"""A picture of the real digits that a generator draws least: those farthest from all that it draws.
+
+    python -m benchmarks.missed missed.png                      # of weights/best.pth; about half a minute
+    python -m benchmarks.missed missed.png --weights RUN
+
+Distances are in the bundled judge's features, to 30,000 generated digits of seed 0. A column a class, the farthest on
+top.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torchvision.utils import make_grid, save_image
+
+import fast
+from data import load_dataset
+from data.drawing import draw_set
+from evaluation.judge import load_judge
+from evaluation.metrics import Judged, show_to
+from evaluation.scorecard import QUICK
+from run.weights import GENERATOR, add_weights_flag, load_network
+from utils import atomic_write
+
+MISSED = 10  # images of each class
+
+
+def most_missed(real: Judged, fake: Judged, label: int, count: int) -> torch.Tensor:
+    """Return the real images of a class that are farthest from any fake, the farthest first: uint8 (count, C, H, W)."""
+    own = real.of_class(label)
+    nearest = torch.cat([torch.cdist(chunk, fake.features).amin(1) for chunk in own.features.split(1000)])
+    return own.images[nearest.topk(count).indices]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("picture", type=Path, help="the PNG to write")
+    add_weights_flag(parser)
+    opt = parser.parse_args()
+    generator, judge = load_network(opt.weights, networks=GENERATOR).eval(), load_judge(None)
+    fast.use_fast_layers(generator)
+    labels = torch.arange(10).repeat(QUICK.cas)
+    real = show_to(judge, *load_dataset("mnist", None, 32, train=False)[:2])
+    drawn = show_to(judge, draw_set(generator, labels, seed=0), labels)
+    columns = [most_missed(real, drawn, label, MISSED) for label in range(10)]
+    grid = make_grid(torch.stack(columns, 1).flatten(0, 1).float() / 255, nrow=len(columns))
+    atomic_write(opt.picture, lambda file: save_image(grid, file, format="png"))
+
+
+if __name__ == "__main__":
+    main()

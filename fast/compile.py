@@ -1,0 +1,83 @@
+"""A compiled generator."""
+
+import copy
+import logging
+import time
+
+import torch
+
+from utils import BadInput, announce, on_terminal
+
+BREAK_EVEN = 1_500  # batches of a run; compiling won its time back after 800 with AVX-512, once after 1,300 without
+
+
+def choose_compile(opt, device: torch.device, world_size: int, total_steps: int, n_images: int) -> str:
+    """Turn `--compile` into "on" or "off": auto compiles on a CPU, on one rank, if the run has many full batches.
+
+    Raises BadInput for "on" with several ranks.
+    """
+    if opt.compile == "on" and world_size > 1:
+        raise BadInput("argument --compile: on works on one rank only: drop it")
+    if opt.compile != "auto":
+        return opt.compile
+    possible = device.type == "cpu" and world_size == 1
+    pays = total_steps >= BREAK_EVEN and n_images >= opt.batch_size
+    if possible and not pays and on_terminal():
+        announce(f"Compile: off, as a run of fewer than {BREAK_EVEN:,} full batches does not win back its time.")
+    return "on" if possible and pays else "off"
+
+
+def compiled(generator, batch_size: int):
+    """Return G, compiled, and run once on made-up data. If that fails, say so, and return G as it is.
+
+    G may be wrapped by InBfloat16. D stays as it is: its few multiplications leave a compiler nothing to win.
+    """
+    if on_terminal():
+        announce("Compiling the generator; this takes about half a minute, longer on a slow machine ...")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns if CUDA has no GPU
+    start = time.monotonic()
+    try:
+        plain = getattr(generator, "module", generator)
+        fast = CompiledGenerator(plain)
+        if plain is not generator:
+            fast = type(generator)(fast)
+        rehearse(plain, fast, batch_size)
+    except Exception as error:  # a missing compiler, an unsupported Python, ...: there is a long list
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        announce(f"Compile: off, as it failed here: {reason}")
+        return generator
+    if on_terminal():
+        announce(f"Compiled in {time.monotonic() - start:.0f} s.")
+    return fast
+
+
+class CompiledGenerator(torch.nn.Module):
+    """G, compiled from its embedded labels on.
+
+    A compiled embedding adds up its gradient in the order that its threads come, so no run would be the same twice.
+    """
+
+    def __init__(self, generator):
+        super().__init__()
+        self.generator = generator
+        for layer in generator.modules():
+            if isinstance(layer, torch.nn.LeakyReLU):
+                layer.inplace = False  # in place, its gradient would read one tensor more: the result
+        self.decode = torch.compile(generator.decode, dynamic=False)
+
+    def forward(self, noise, labels):
+        return self.decode(self.generator.label_emb(labels), noise)
+
+
+def rehearse(generator, fast, batch_size: int) -> None:
+    """Run a made-up batch forward and backward through `fast`, the compiled G, which keeps its state."""
+    config, device = generator.config, next(generator.parameters()).device
+    before = copy.deepcopy(generator.state_dict())
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            z = torch.randn(batch_size, config["latent_dim"], device=device)
+            labels = torch.randint(config["n_classes"], (batch_size,), device=device)
+            fast(z, labels).sum().backward()
+    finally:
+        generator.load_state_dict(before)
+        generator.zero_grad(set_to_none=True)
