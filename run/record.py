@@ -17,21 +17,18 @@ from shlex import quote
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageDraw
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from run import folder
 from run.checkpoint import as_data
+from run.film import write_film
 from run.plan import Plan
 from run.weights import BEST, WEIGHTS, save_network
 from utils import BadInput, Diverged, announce, atomic_write, on_terminal, print_line
 
 LOOK_INTERVAL = 0.3  # seconds between two readings of the figures for the bar
-FILM_FRAMES = 60  # at most
-FILM_MILLISECONDS, FILM_LAST_MILLISECONDS = 150, 3000  # how long each frame is shown, and the last one
 ROOT = Path(__file__).resolve().parent.parent
-CAPTION = 14  # pixels above a frame of the film
 
 
 def check_tensorboard() -> None:
@@ -219,17 +216,17 @@ class Record:
         seconds_per_batch = (time.monotonic() - self.start) / (step + 1 - self.first_step)
         return clock(seconds_per_batch * (self.plan.total_steps - step - 1))
 
-    def grid(self, kind: str, imgs: torch.Tensor, step: int) -> None:
+    def grid(self, tag: str, imgs: torch.Tensor, step: int) -> None:
         """Write a grid of images, float (N, C, H, W) of any range, one column a class, to TensorBoard and as a PNG.
 
-        The file is images/{step}.png for the kind "fake_image", and images/fixed_z/{step}.png for "fixed_z".
+        The file is images/{step}.png for the tag "fake_image", and images/fixed_z/{step}.png for "fixed_z".
         """
         # a run that is about to end as diverged may draw NaN
         grid = make_grid(imgs.cpu(), nrow=len(self.plan.classes), normalize=True).nan_to_num()
-        path = self.out_dir / "images" / ("fixed_z" if kind == "fixed_z" else "") / f"{step}.png"
+        path = self.out_dir / "images" / ("fixed_z" if tag == "fixed_z" else "") / f"{step}.png"
         with self.tolerating("sample grids"):
             atomic_write(path, lambda file: save_image(grid, file, format="png"))
-        self.to_board("add_image", kind, grid, step)
+        self.to_board("add_image", tag, grid, step)
 
     def scores(self, step: int, scores: dict[str, float]) -> None:
         """Record the scores of the EMA after batch `step`."""
@@ -289,27 +286,6 @@ class BothNetworks(torch.nn.Module):
 
     def forward(self, z, labels, img):
         return self.generator(z, labels), *self.discriminator(img)
-
-
-def write_film(images: Path, last_step: int) -> None:
-    """Write film.gif from the grids of fixed noise up to batch `last_step`, evenly thinned out. Raises OSError."""
-    grids = [path for path in (images / "fixed_z").glob("*.png") if folder.OUR_GRID.fullmatch(path.name)]
-    grids = [path for path in grids if path.is_file() and int(path.stem) <= last_step]
-    grids.sort(key=lambda path: int(path.stem))
-    at = np.unique(np.linspace(0, len(grids) - 1, min(FILM_FRAMES, len(grids))).round().astype(int))
-    frames = []
-    for path in (grids[n] for n in at):
-        with contextlib.suppress(OSError, SyntaxError, ValueError):  # a corrupt grid is left out
-            grid = Image.open(path, formats=("PNG",)).convert("RGB")
-            frame = Image.new("RGB", (grid.width, grid.height + CAPTION), "white")
-            frame.paste(grid, (0, CAPTION))
-            ImageDraw.Draw(frame).text((3, 1), f"batch {int(path.stem):,}", fill="black")
-            frames.append(frame.quantize(32, dither=Image.Dither.NONE))
-    frames = [frame for frame in frames if frame.size == frames[-1].size and max(frame.size) < 2**16]
-    if frames:
-        durations = [FILM_MILLISECONDS] * (len(frames) - 1) + [FILM_LAST_MILLISECONDS]
-        gif = dict(format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
-        atomic_write(images / "film.gif", lambda file: frames[0].save(file, **gif))
 
 
 def read_metrics(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
