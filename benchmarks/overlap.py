@@ -1,6 +1,6 @@
 """What becomes of digits that two classes share: overlapping MNIST, as in TAC-GAN (arXiv:1907.02690).
 
-    python -m benchmarks.overlap     # runs what benchmarks/overlap.jsonl lacks, and draws images/overlap.png
+    python -m benchmarks.overlap     # runs what benchmarks/overlap.jsonl lacks, and draws docs/images/overlap.png
 
 Class A is half zeros and half ones, class B half zeros and half twos. A generator without bias draws 50 % zeros in
 each. The bundled judge counts what the EMA of G draws. `python -m benchmarks.quirks --report` puts the table into
@@ -84,9 +84,9 @@ def section(rows: list[dict]) -> list[str]:
         "## Digits that two classes share",
         "",
         "`python -m benchmarks.overlap`: class A is half zeros and half ones, class B half zeros and half twos, as in",
-        f"TAC-GAN (arXiv:1907.02690). After {BATCHES:,} batches the judge counts {COUNTED:,} images of each",
-        "class. Without bias each would be 50 % zeros; what is missing from 100 % is read as another digit. In",
-        "percent, mean over the seeds and 95 % interval:",
+        f"TAC-GAN (arXiv:1907.02690). After {BATCHES:,} batches the judge counts {COUNTED:,} images of each class.",
+        "Without bias each would be 50 % zeros; what is missing from 100 % is read as another digit. In percent, mean",
+        "over the seeds and 95 % interval:",
         "",
         "| variant | seeds | A: zeros | A: ones | B: zeros | B: twos |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -98,7 +98,7 @@ def section(rows: list[dict]) -> list[str]:
                 mean, half = mean_and_interval([100 * row[letter][str(digit)] for row in own])
                 cells.append(f"{mean:.1f}" if half is None else f"{mean:.1f} ± {half:.1f}")
         lines.append(f"| {name} | {len(own)} | {' | '.join(cells)} |")
-    return [*lines, "", "![What each draws](../images/overlap.png)", "",
+    return [*lines, "", "![What each draws](images/overlap.png)", "",
             f"*From left to right: {', '.join(VARIANTS)}; class A above, class B below; seed 0.*"]  # fmt: skip
 
 
@@ -111,7 +111,8 @@ def main() -> None:
     add("--work", type=Path, default=Path(tempfile.gettempdir()) / "acgan_overlap",
         help="folder of the runs in progress (default: %(default)s)")  # fmt: skip
     add("--rows", type=Path, default=ROWS, help="the rows (default: %(default)s)")
-    add("--picture", type=Path, default=ROOT / "images" / "overlap.png", help="the picture (default: %(default)s)")
+    picture = ROOT / "docs" / "images" / "overlap.png"
+    add("--picture", type=Path, default=picture, help="the picture (default: %(default)s)")
     add("--flags", default=[], type=str.split, help="more flags for all variants, as one text (default: none)")
     add("--cell", nargs=2, metavar=("NAME", "SEED"), help=argparse.SUPPRESS)
     opt = parser.parse_args()

@@ -3,7 +3,7 @@
     python -m benchmarks.quirks               # runs what benchmarks/quirks.jsonl lacks; stop and go on at any time
     python -m benchmarks.quirks --long        # and faithful and best once for 25 epochs, scored after every fifth
     python -m benchmarks.overlap              # what becomes of digits that two classes share: a section of the page
-    python -m benchmarks.quirks --report      # only writes docs/quirks.md and images/quirks.png from the rows
+    python -m benchmarks.quirks --report      # only writes the two pages and the plot from the rows
 
 Each cell, a variant with a seed, trains `acgan.py` and keeps G and its EMA after some numbers of batches. Both are then
 scored on the test digits by the bundled judge. All variants of seed 0 run first, then those of seed 1, so that a table
@@ -166,22 +166,21 @@ def machines(rows: list[dict]) -> list[str]:
     return lines
 
 
-def report(rows: list[dict], points: tuple[int, ...]) -> str:
-    """Return docs/quirks.md: the verdicts, and the scores that they rest on."""
+def report(rows: list[dict], points: tuple[int, ...], scores_page: str) -> str:
+    """Return docs/quirks.md: the verdicts, when to stop, and digits that two classes share."""
     last = points[-1]
     short = [row for row in rows if row["batches"] in points]
     seeds = sorted({row["seed"] for row in short})
     lines = [
-        "# The quirk study",
+        "# What does each departure from the tutorial do to the digits?",
         "",
-        "What does each departure from the tutorial do to the digits? `python -m benchmarks.quirks` trains every",
-        f"variant with the same seeds ({', '.join(map(str, seeds))}) for {last:,} batches of 64 images and scores",
-        "the EMA of G on the test digits, as `evaluate.py` does, but on 5,000 images. It writes this page and the",
-        "picture from `benchmarks/quirks.jsonl`. A difference is that to the faithful run of the same seed: its",
-        "mean over the seeds and a 95 % interval (Student's t). Of so many intervals one or two miss 0 by chance. The",
-        "rates of `lr_schedule linear` and of `best` fall in the second half of the run.",
+        f"`python -m benchmarks.quirks` trains every variant with the same seeds ({', '.join(map(str, seeds))}), for",
+        f"{last:,} batches of 64 images. It scores the EMA of G on the test digits, as `evaluate.py` does, but on",
+        f"5,000 images. This page, [the scores]({scores_page}) and the picture are made of `benchmarks/quirks.jsonl`.",
         "",
-        "![Agreement and coverage over the batches](../images/quirks.png)",
+        "A difference is that to the faithful run of the same seed: its mean over the seeds and a 95 % interval",
+        "(Student's t). Of so many intervals one or two miss 0 by chance. The rates of `lr_schedule linear` and of",
+        "`best` fall in the second half of the run.",
         "",
         f"## The answers, after {last:,} batches",
         "",
@@ -198,14 +197,25 @@ def report(rows: list[dict], points: tuple[int, ...]) -> str:
         cells = [shown(key, *interval) for key, interval in intervals.items()]
         count = len(values[JUDGED_BY[0]])
         lines.append(f"| {question}: | {count} | {' | '.join(cells)} | {verdict(intervals, count)} |")
+    lines += ["", "![Agreement and coverage over the batches](images/quirks.png)"]
+    if longer := [row for row in rows if row["batches"] in LONG]:
+        lines += ["", "## Up to 25 epochs, one run each", "",
+                  "`python -m benchmarks.quirks --long`. The rate of `best` falls in the second half of its 25 epochs,",
+                  "so its earlier scores are not those of a shorter run. The EMA:", ""]  # fmt: skip
+        lines += [*table(longer, "ema", list(LONG)), "", *last_gains(longer)]
+    lines += overlap.section(read_rows(overlap.ROWS))
+    return "\n".join(lines) + "\n"
+
+
+def report_scores(rows: list[dict], points: tuple[int, ...], page: str) -> str:
+    """Return docs/quirks-scores.md: all scores, and where they were made."""
+    short = [row for row in rows if row["batches"] in points]
+    lines = ["# All scores of the quirk study", "", "Means over the seeds; agreement, coverage and CAS as shares. How",
+             f"they were made, and what they say: [the study]({page})."]  # fmt: skip
     lines += ["", "## The scores of the EMA", "", *table(short, "ema", list(points))]
     lines += ["", "## The scores of G itself", "", *table(short, "raw", list(points))]
     if longer := [row for row in rows if row["batches"] in LONG]:
-        lines += ["", "## Up to 25 epochs, one run each", "", "The rate of `best` falls in the second half of its 25",
-                  "epochs, so its earlier scores are not those of a shorter run. The EMA:", ""]  # fmt: skip
-        lines += [*table(longer, "ema", list(LONG)), "", *last_gains(longer), "", "G itself:", ""]
-        lines += table(longer, "raw", list(LONG))
-    lines += overlap.section(read_rows(overlap.ROWS))
+        lines += ["", "## G itself, up to 25 epochs, one run each", "", *table(longer, "raw", list(LONG))]
     lines += ["", "## Machines", "", "With the same seed, another machine rounds differently, which soon gives another",
               "run of the same kind.", "", *machines(short)]  # fmt: skip
     return "\n".join(lines) + "\n"
@@ -249,11 +259,13 @@ def draw(rows: list[dict], points: tuple[int, ...], path: Path) -> None:
 
 
 def write_report(opt: argparse.Namespace) -> None:
-    """Write the page and the plot of all rows there are."""
-    rows = {(row["name"], row["seed"], row["batches"]): row for row in read_rows(opt.rows)}  # none of them twice
-    points = POINTS if opt.long else opt.points
-    atomic_write(opt.page, lambda file: file.write(report(list(rows.values()), points).encode()))
-    draw(list(rows.values()), points, opt.plot)
+    """Write both pages and the plot of all rows there are."""
+    by_cell = {(row["name"], row["seed"], row["batches"]): row for row in read_rows(opt.rows)}  # none of them twice
+    rows, points = list(by_cell.values()), POINTS if opt.long else opt.points
+    scores_page = opt.page.with_name(f"{opt.page.stem}-scores.md")
+    atomic_write(opt.page, lambda file: file.write(report(rows, points, scores_page.name).encode()))
+    atomic_write(scores_page, lambda file: file.write(report_scores(rows, points, opt.page.name).encode()))
+    draw(rows, points, opt.plot)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -263,14 +275,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--jobs", type=int, default=1, help="cells at a time; more help on a GPU alone (default: %(default)s)")
     add("--only", action="append", choices=list(VARIANTS), help="only this variant; may be repeated (default: all)")
     add("--long", action="store_true", help="faithful and best, seed 0, for 25 epochs, scored every 5")
-    add("--report", action="store_true", help="run nothing, only write page and plot from the rows")
+    add("--report", action="store_true", help="run nothing, only write pages and plot from the rows")
     add("--points", type=int, nargs="+", default=POINTS, help="batches to score after (default: 500 1000 3000)")
     add("--scored", type=int, default=500, help="images of each class to score (default: %(default)s)")
     add("--work", type=Path, default=Path(tempfile.gettempdir()) / "acgan_quirks",
         help="folder of the runs in progress, about 30 MB each (default: %(default)s)")  # fmt: skip
     add("--rows", type=Path, default=ROOT / "benchmarks" / "quirks.jsonl", help="the rows (default: %(default)s)")
-    add("--page", type=Path, default=ROOT / "docs" / "quirks.md", help="the page (default: %(default)s)")
-    add("--plot", type=Path, default=ROOT / "images" / "quirks.png", help="the plot (default: %(default)s)")
+    docs = ROOT / "docs"
+    add("--page", type=Path, default=docs / "quirks.md",
+        help="the page; a second one beside it, PAGE-scores.md, has all scores (default: %(default)s)")  # fmt: skip
+    add("--plot", type=Path, default=docs / "images" / "quirks.png", help="the plot (default: %(default)s)")
     add("--flags", default=[], type=str.split, help="more flags for all variants, as one text (default: none)")
     add("--cell", nargs=2, metavar=("NAME", "SEED"), help=argparse.SUPPRESS)
     opt = parser.parse_args(argv)

@@ -48,15 +48,16 @@ def test_a_killed_study_goes_on_to_the_same_table(tmp_path):
     assert study(killed, KILL_AT="0 7").returncode == -9  # in the second cell, after its first two batches
     assert {row["name"] for row in cells.read_rows(killed / "rows.jsonl")} == {"faithful"}
     assert (killed / "work" / "best_4_0" / "ema_2.pth").exists()
-    assert "| faithful | 4 | 1 |" in (killed / "page.md").read_text()  # a page stands after each cell
+    assert "| faithful | 4 | 1 |" in (killed / "page-scores.md").read_text()  # a page stands after each cell
     with open(killed / "rows.jsonl", "a") as file:
         file.write('{"name": "best", "se')  # a row that the kill cut off
     result = study(killed)
     assert result.returncode == 0 and "Resuming after batch 2 of 4" in result.stderr, result.stderr
     assert cells.read_rows(killed / "rows.jsonl") == cells.read_rows(whole / "rows.jsonl")
     assert len(cells.read_rows(whole / "rows.jsonl")) == 2 * 2 * 2
-    page = (whole / "page.md").read_text()
-    assert (killed / "page.md").read_text() == page and "| best | 4 | 2 |" in page
+    for page in ("page.md", "page-scores.md"):
+        assert (killed / page).read_text() == (whole / page).read_text()
+    assert "| best | 4 | 2 |" in (whole / "page-scores.md").read_text()
     assert (whole / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert list((whole / "work").iterdir()) == []  # runs that have their rows are removed
 
