@@ -24,7 +24,7 @@ import departures
 import fast
 from data import NAMES, check_data_root, load_dataset
 from data.batches import Batches
-from data.drawing import draw_labels, draw_noise, sample_image
+from data.drawing import draw_graph_inputs, draw_labels, draw_noise, sample_image
 from evaluation.during_training import EpochScorer
 from fast.process import tune_process
 from models import Discriminator, Generator, weights_init_normal
@@ -34,6 +34,7 @@ from run.loop import Run
 from run.plan import Plan, make_plan
 from run.ranks import LostRank, Ranks, was_restarted
 from run.record import check_tensorboard
+from run.resume import CONTINUED, with_saved_options
 from run.weights import start_from, update_ema
 from utils import (
     COUNT,
@@ -53,18 +54,11 @@ from utils import (
     seed_everything,
 )
 
-# Options that change what is computed: a resumed run must have the checkpoint's.
-MATHEMATICS = ("seed", "batch_size", "lr", "b1", "b2", "latent_dim", "n_classes", "img_size", "channels", "amp",
-               "dataset", *departures.FLAGS)  # fmt: skip
-# Options that a resumed run takes from the checkpoint unless they are given.
-CONTINUED = ("n_epochs", "sample_interval", "log_interval", "checkpoint_interval", "eval_interval", "judge", "ema",
-             "compile", "n_cpu")  # fmt: skip
-
 adversarial_loss, auxiliary_loss = nn.BCELoss(), nn.CrossEntropyLoss()
 
 
 def train_step(generator, discriminator, optimizer_G, optimizer_D, real_imgs, labels, z, gen_labels) -> dict:
-    """Update D once, then G once, on one batch (tutorial, "训练过程").
+    """Update D once, then G once, on one batch (tutorial, "训练过程"). If a loss departs, departures.Step does it.
 
     Args:
         real_imgs, labels: real images, float32 (B, C, H, W) in [-1, 1], and their classes, int64 (B,).
@@ -79,7 +73,7 @@ def train_step(generator, discriminator, optimizer_G, optimizer_D, real_imgs, la
 
     gen_imgs = generator(z, gen_labels)  # one forward serves both updates
 
-    # (1) Train Discriminator: minimise, as a mean over the four terms (P: the softmax of D's softmax),
+    # (1) Train Discriminator: minimise the mean of the four terms (P: the softmax of D's softmax, a quirk)
     #     L_D = - E log D(x) - E log P(c | x) - E log[1 - D(G(z|y))] - E log P(y | G(z|y))      (paper: max L_S + L_C)
     optimizer_D.zero_grad()
 
@@ -95,10 +89,10 @@ def train_step(generator, discriminator, optimizer_G, optimizer_D, real_imgs, la
     d_loss.backward()
     optimizer_D.step()
 
-    # (2) Train Generator: minimise, through the D just updated and on the same fakes,
+    # (2) Train Generator: minimise the mean of two terms, through the D just updated and on the same fakes
     #     L_G = - E log D(G(z|y)) - E log P(y | G(z|y))                                         (paper: max L_C - L_S)
     optimizer_G.zero_grad()
-    discriminator.requires_grad_(False)  # the gradients of its own weights are not needed
+    discriminator.requires_grad_(False)  # only faster: nobody needs the gradients of D's own weights here
 
     validity, pred_label = discriminator(gen_imgs)
     g_adv, g_aux = adversarial_loss(validity, valid), auxiliary_loss(pred_label, gen_labels)
@@ -121,22 +115,21 @@ def train_step(generator, discriminator, optimizer_G, optimizer_D, real_imgs, la
 def train(opt: argparse.Namespace, plan: Plan, ranks: Ranks, batches: Batches, scorer, checkpoint: dict | None) -> int:
     """Run the training, or the rest of it after `checkpoint`, up to batch `plan.total_steps`.
 
-    Returns the exit status: 0, or 128 + the number of the signal that stopped it. Raises Diverged, LostRank, BadInput
-    if the checkpoint does not fit, and OSError if the last checkpoint or the weights cannot be written.
+    Returns the exit status: 0, or 128 + the number of the signal that stopped it. Raises Diverged and LostRank;
+    BadInput if the checkpoint does not fit; OSError if the last checkpoint or the weights cannot be written.
     """
-    # What is drawn, and in which order, is the tutorial's: it fixes the random stream.
+    # The random numbers are drawn in the tutorial's order: G, D, what its graphs take, then the initialisation.
     seed_everything(plan.seed)
     generator, discriminator = departures.networks(opt, plan.n_classes, plan.channels) or (
         Generator(plan.n_classes, opt.latent_dim, opt.img_size, plan.channels),
         Discriminator(plan.n_classes, opt.img_size, plan.channels),
     )
-    label, z = torch.randint(plan.n_classes, (1,)), torch.randn(1, opt.latent_dim)
-    img = torch.randn(1, plan.channels, opt.img_size, opt.img_size)
-    graph = *copy.deepcopy((generator, discriminator)), z, label, img  # TensorBoard's, of the tutorial's layers
+    graph_inputs = draw_graph_inputs(plan.n_classes, opt.latent_dim, opt.img_size, plan.channels)
     generator.apply(weights_init_normal)
     discriminator.apply(weights_init_normal)
     if opt.init_from:
         start_from(opt.init_from, generator, discriminator)
+    as_printed = copy.deepcopy((generator, discriminator))  # for TensorBoard's graph
 
     device = ranks.device
     generator, discriminator = generator.to(device), discriminator.to(device)
@@ -144,29 +137,29 @@ def train(opt: argparse.Namespace, plan: Plan, ranks: Ranks, batches: Batches, s
     adam = dict(lr=opt.lr, betas=(opt.b1, opt.b2), fused=True, capturable=device.type == "cuda")
     optimizer_G = torch.optim.Adam(generator.parameters(), **adam)
     optimizer_D = torch.optim.Adam(discriminator.parameters(), **adam)
-    ema = copy.deepcopy(generator)
+    ema = copy.deepcopy(generator)  # the average of G's weights: it plays no part in the training
     parts = dict(generator=generator, discriminator=discriminator, optimizer_G=optimizer_G, optimizer_D=optimizer_D,
                  batches=batches, ema=ema)  # fmt: skip
     done = restore(checkpoint, parts, device) if checkpoint else 0
 
     update = departures.step(opt, plan.schedule_steps) or train_step
 
-    def train_batch(G, D, indices):  # compiled, of several ranks, or as they are
+    def train_batch(G, D, indices):
         real_imgs, labels = batches.gather(indices)
         z = draw_noise(len(indices), opt.latent_dim, device)
         gen_labels = batches.in_order(draw_labels(len(indices), plan.n_classes, device))
         return update(G, D, optimizer_G, optimizer_D, real_imgs, labels, z, gen_labels)
 
     networks = ranks.wrap(generator, discriminator)
-    batch = fast.batch(train_batch, update, networks, (optimizer_G, optimizer_D), opt, plan, batches.in_memory)
-    if not done:
+    fast_batch = fast.batch(train_batch, update, networks, (optimizer_G, optimizer_D), opt, plan, batches.in_memory)
+    if opt.pretrain_class_head and not done:
         departures.pretrain_class_head(opt, networks[1], batches)
 
     with Run(opt, plan, ranks, batches, parts, scorer, done) as run:
-        run.graph(*graph)
+        run.graph(*as_printed, *graph_inputs)
         for epoch in run.epochs():
             for indices in run.batches(epoch):
-                metrics = batch(indices, run.step)
+                metrics = fast_batch(indices, run.step)
                 update_ema(ema, generator, opt.ema, run.step + 1)
                 if run.step % opt.sample_interval == 0:
                     run.grids(sample_image(generator, plan.n_classes, opt.latent_dim, device))
@@ -177,7 +170,8 @@ def train(opt: argparse.Namespace, plan: Plan, ranks: Ranks, batches: Batches, s
 def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argparse.Namespace:
     """Read the command line; bad flags end the program with one line and exit status 2.
 
-    `saved`, the options of a checkpoint to resume, replace the defaults and pass the same checks as typed ones.
+    `saved`, the options of a checkpoint to resume, replace the defaults and pass the same checks as typed ones. Raises
+    BadInput for switches that contradict each other.
     """
     rate = number(float, "a number above 0, such as 0.0002", lambda value: value > 0)
     beta = number(float, "a number in [0, 1), such as 0.5", lambda value: 0 <= value < 1)
@@ -231,17 +225,7 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
     argv = sys.argv[1:] if argv is None else argv
     departures.apply_recipe(parser, argv)
     if saved is not None:
-        given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(MATHEMATICS)))
-        if given.init_from and given.resume is not None:  # torchrun's restart is typed as the run was begun
-            parser.error("argument --init_from: a run that continues has begun already: drop it")
-        typed = {name: getattr(given, name) for name in MATHEMATICS if getattr(given, name) is not None}
-        wrong = [f"--{name} {saved.get(name)}, not {new}" for name, new in typed.items() if new != saved.get(name)]
-        if wrong:
-            parser.error(f"argument --resume: the checkpoint has {'; '.join(wrong)}: drop these flags to continue")
-        kept = {name: saved.get(name) for name in MATHEMATICS + CONTINUED}
-        if None in [kept[name] for name in MATHEMATICS]:
-            parser.error("argument --resume: the checkpoint is corrupt, as it lacks options: name another run")
-        argv = [f"--{name}={value}" for name, value in kept.items() if value is not None] + argv
+        argv = with_saved_options(parser, argv, saved)
     opt = parser.parse_args(argv)
     departures.check(opt)
     if opt.init_from and not opt.init_from.exists():

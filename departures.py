@@ -1,7 +1,7 @@
 """Every departure from the tutorial: flags, recipes, variants of both networks, losses, and a step of its own.
 
-Every default is the tutorial's way, and then nothing of this is used. `--recipe NAME` sets other defaults; a single
-flag given beside it wins.
+Every default is the tutorial's way, and then its own networks and step are used. `--recipe NAME` sets other defaults; a
+single flag given beside it wins.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def penalises_whole(opt: argparse.Namespace) -> bool:
 
 
 class Generator(models.Generator):
-    """The tutorial's G with other sizes of eps, or another way for the label embedding to meet the noise.
+    """The tutorial's G with another eps, or another way for the label embedding to meet the noise.
 
     `conditioning` is "multiply", "concat", or "both": their product and the embedding. Raises ValueError.
     """
@@ -275,16 +275,16 @@ class Step:
     whole_r1: bool = False
     falling_from: float | None = None
     schedule_steps: int = 0
-    penalised = False  # whether the batch at hand is one of those with the penalty
+    penalised = False  # whether the batch at hand has the penalty: no field, as it changes
 
-    def prepare(self, number: int, *optimizers: torch.optim.Optimizer) -> bool:
-        """Decide what batch `number` has, before it: its rate, and whether the penalty, which is returned.
+    def prepare(self, step: int, *optimizers: torch.optim.Optimizer) -> bool:
+        """Set the rate of batch `step`, and decide whether it has the penalty, which is returned.
 
         A rate that a CUDA graph reads is a tensor, which keeps its place in memory.
         """
-        self.penalised = self.r1 > 0 and number % R1_EVERY == 0
+        self.penalised = self.r1 > 0 and step % R1_EVERY == 0
         if self.falling_from is not None:
-            rate = self.falling_from * min(1.0, 2 * (1 - number / self.schedule_steps))
+            rate = self.falling_from * min(1.0, 2 * (1 - step / self.schedule_steps))
             for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
                 if isinstance(group["lr"], torch.Tensor):
                     group["lr"].fill_(rate)
@@ -372,7 +372,7 @@ class Step:
 
 
 def with_logit(discriminator: nn.Module, img: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what D does, but the logit of P(real), float32 (B, 1), whatever its outputs are."""
+    """Return D's outputs, but its validity as a logit, float32 (B, 1), even where D's own is a probability."""
     out = discriminator.conv_blocks(img).flatten(1)
     return discriminator.adv_layer[0](out), discriminator.aux_layer(out)
 
@@ -383,8 +383,6 @@ def pretrain_class_head(opt: argparse.Namespace, discriminator: nn.Module, batch
     It is the tutorial's claim that a pretrained CNN speeds ACGAN up, which its script does not try. Raises Diverged.
     """
     epochs = opt.pretrain_class_head
-    if not epochs:
-        return
     optimizer = torch.optim.Adam(discriminator.parameters(), lr=opt.lr)
     recognised = Step(twin_head=opt.class_head == "2k").recognised
     bar = tqdm(total=epochs * len(batches), desc="Pretraining D's class head", leave=False, disable=not on_terminal())

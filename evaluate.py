@@ -20,7 +20,7 @@ import fast
 from data import add_data_flags, load_train_and_test
 from evaluation.judge import load_judge
 from evaluation.metrics import check_torchmetrics
-from evaluation.scorecard import FULL, QUICK, STAGES, check_judge, committed_real_scores, scorecard, table
+from evaluation.scorecard import DRAWING, FULL, QUICK, SCORING, check_judge, committed_real_scores, scorecard, table
 from fast.process import keep_memory, tune_process
 from run.weights import GENERATOR, add_weights_flag, load_network
 from utils import (
@@ -62,29 +62,29 @@ def evaluate(opt: argparse.Namespace) -> None:
     announce(f"Weights: {opt.weights}")
     judge = load_judge(opt.judge, device)
     check_judge(judge, generator.classes, generator.config["img_size"], generator.config["channels"])
+    # those of MNIST's real digits are the same for every generator, and a third of the time
+    known = opt.dataset == "mnist" and opt.judge is None and not opt.full and opt.seed == 0
+    stages = 1 + DRAWING + (SCORING if known else 2 * SCORING)
     form = "{desc:28} |{bar}| {n_fmt}/{total_fmt} {elapsed}"
-    with tqdm(total=STAGES + 2, bar_format=form, leave=False, disable=not on_terminal()) as bar:
+    with tqdm(total=stages, bar_format=form, leave=False, disable=not on_terminal()) as bar:
 
         def stage(name: str) -> None:
             bar.set_description_str(name, refresh=False)
             bar.update()
             bar.refresh()
 
-        card = make_card(opt, generator, judge, device, stage)
+        card = make_card(opt, generator, judge, device, stage, committed_real_scores() if known else None)
     card["seconds"] = round(time.monotonic() - start, 1)
     print_line(json.dumps(card, indent=2) if opt.json else table(card), must_succeed=True)
     announce(f"This took {card['seconds']:.0f} s.")
 
 
-def make_card(opt: argparse.Namespace, generator, judge, device, stage) -> dict:
+def make_card(opt: argparse.Namespace, generator, judge, device, stage, real_scores: tuple | None) -> dict:
     """Return the scorecard as plain data; `stage` is called with the name of each stage. Raises BadInput."""
     stage("Reading the real images")
     train_set, test_set = load_train_and_test(opt.dataset, opt.data_root, opt.test_root, judge.config["img_size"])
     if train_set.classes != judge.classes or train_set.images.shape[1] != judge.config["channels"]:
         raise BadInput(f"argument --dataset: {opt.dataset} has other classes or channels than judge and generator")
-    # those of MNIST are the same for every generator, and a third of the time
-    known = opt.dataset == "mnist" and opt.judge is None and not opt.full and opt.seed == 0
-    real_scores = committed_real_scores() if known else None
     counts = FULL if opt.full else QUICK
     card = scorecard(generator, train_set[:2], test_set[:2], judge, counts, opt.seed, device, stage, real_scores)
     return dict(weights=str(opt.weights), **card)

@@ -1,4 +1,4 @@
-"""The two networks of the ACGAN and their initialisation, as the tutorial prints them. Needs PyTorch alone.
+"""The two networks of the ACGAN, as the tutorial prints them, and their initialisation. Needs PyTorch alone.
 
 Odena, Olah, Shlens: "Conditional Image Synthesis with Auxiliary Classifier GANs", 2016, arXiv:1610.09585.
 Layers, sizes and parameter names are those of the tutorial (GAN Step By Step, Step 5).
@@ -17,6 +17,7 @@ class Generator(nn.Module):
 
     def __init__(self, n_classes: int = 10, latent_dim: int = 100, img_size: int = 32, channels: int = 1):
         super().__init__()
+        # what a weight file records beside the parameters
         self.config = dict(n_classes=n_classes, latent_dim=latent_dim, img_size=img_size, channels=channels)
         check_sizes(**self.config)
 
@@ -52,7 +53,10 @@ class Generator(nn.Module):
         return self.decode(self.label_emb(labels), noise)
 
     def decode(self, embedding: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Draw images from embedded labels and noise, both float32 (B, latent_dim); returns what forward does."""
+        """Draw images from embedded labels and noise, both float32 (B, latent_dim); returns what forward does.
+
+        It stands apart for embeddings between two classes, and as the part of G that is worth compiling.
+        """
         gen_input = torch.mul(embedding, noise)
         out = self.l1(gen_input)
         out = out.view(out.shape[0], 128, self.init_size, self.init_size)
@@ -75,7 +79,7 @@ class Discriminator(nn.Module):
             """Halve the image: (B, in, s, s) to (B, out, ceil(s/2), ceil(s/2))."""
             block = [nn.Conv2d(in_filters, out_filters, 3, 2, 1), nn.LeakyReLU(0.2, inplace=True), nn.Dropout2d(0.25)]
             if bn:
-                block.append(nn.BatchNorm2d(out_filters, 0.8))  # eps again
+                block.append(nn.BatchNorm2d(out_filters, 0.8))  # eps here too
             return block
 
         self.conv_blocks = nn.Sequential(  #                 (B, channels, s, s), s = img_size
@@ -85,9 +89,9 @@ class Discriminator(nn.Module):
             *discriminator_block(64, 128),  #                (B, 128, s/16, s/16)
         )
 
-        # Each convolution rounds an odd side up, so 28 ends at 2; for multiples of 16 it is img_size / 16.
-        ds_size = -(-img_size // 16)
+        ds_size = (img_size + 15) // 2**4  # rounded up, as each convolution rounds an odd side up: 28 ends at 2
         self.adv_layer = nn.Sequential(nn.Linear(128 * ds_size**2, 1), nn.Sigmoid())
+        # The loss takes the softmax once more: another quirk, kept.
         self.aux_layer = nn.Sequential(nn.Linear(128 * ds_size**2, n_classes), nn.Softmax(dim=1))
 
     def forward(self, img: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

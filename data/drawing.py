@@ -22,6 +22,12 @@ def draw_labels(n: int, n_classes: int, device: torch.device) -> torch.Tensor:
     return torch.randint(n_classes, (n,), device=device)
 
 
+def draw_graph_inputs(n_classes: int, latent_dim: int, img_size: int, channels: int) -> tuple[torch.Tensor, ...]:
+    """Draw z, a label and an image as the tutorial does for its TensorBoard graphs: the label first, then z."""
+    label, z = torch.randint(n_classes, (1,)), torch.randn(1, latent_dim)
+    return z, label, torch.randn(1, channels, img_size, img_size)
+
+
 @torch.no_grad()
 def sample_image(generator, n_classes: int, latent_dim: int, device) -> torch.Tensor:
     """Draw 10 rows of every class, one column a class: float32 (10 * n_classes, C, H, W) in [-1, 1].

@@ -65,7 +65,7 @@ def collapsed(generated: float, real: float) -> bool:
     return generated > real + (1 - real) / 4
 
 
-STAGES = 8  # that scorecard() names as it gets to them
+DRAWING, SCORING = 1, 4  # stages that scorecard() names: once, and for generated and for real images
 
 
 def unseen(stage: str) -> None:
@@ -110,8 +110,8 @@ def scorecard(generator, train_set, test_set, judge: Judge, counts: Counts, seed
     """Score what G draws beside real images: as many training images, scored the same way against the test set.
 
     Each set is a pair of images, uint8 (N, C, H, W), and labels, int64 (N,). The judge was trained on the training
-    images, so their agreement is replaced by that of the test images. `stage` is called with the name of each of the
-    STAGES as it begins. `real_scores`, of committed_real_scores(), take the place of those computed here. Returns
+    images, so their agreement is replaced by that of the test images. `stage` is called with the name of each stage
+    as it begins. `real_scores`, of committed_real_scores(), take the place of those computed here. Returns
     {"scores": {metric: {"generated": x, "real": y}}, "by_class": {name: the same}, "warnings": [...], ...}: plain data.
     Raises BadInput.
     """

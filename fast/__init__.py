@@ -1,4 +1,4 @@
-"""All that is only faster: the same mathematics, compiled, captured or plain."""
+"""All that is only faster: the same mathematics but for rounding, compiled, captured or plain."""
 
 from fast.bfloat16 import InBfloat16
 from fast.compile import compiled

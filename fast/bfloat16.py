@@ -1,4 +1,4 @@
-"""Networks that compute in bfloat16 where autocast finds it safe: faster on processors made for it, and rounding more."""
+"""Networks that compute in bfloat16 where autocast finds it safe: faster on some processors, and rounding more."""
 
 import torch
 

@@ -10,9 +10,9 @@ from utils import announce
 class CapturedBatches:
     """Replays the whole batch as one CUDA graph, so that the host only starts it.
 
-    There is one graph for each size and kind of batch. The first batches of each run uncaptured, on a side stream, as
-    PyTorch asks; they train like all others. If capturing fails, one line says so, and what has no graph stays
-    uncaptured. The next batch overwrites the returned metrics.
+    There is one graph for each size and kind of batch. Before, a few batches are not captured, but run on a side
+    stream, as PyTorch asks; they train like all others. If capturing fails, one line says so, and what has no graph
+    stays uncaptured. The next batch overwrites the returned metrics.
     """
 
     WARM_UP = 3  # batches

@@ -14,7 +14,8 @@ def tune_process(device: torch.device, threads: int | None = None) -> None:
     """Set up the whole process; call this before the first large tensor is made.
 
     Threads: sums on a CPU are split among them, so a resumed run needs the `threads` that it had. They are set even if
-    nothing changes: otherwise MKL may choose fewer by itself, in some starts of the same program (docs/notes/mkl-threads.md).
+    nothing changes: otherwise MKL may choose fewer by itself, in some starts of the same program: see
+    docs/notes/mkl-threads.md.
     CUDA: cuDNN picks its fastest algorithms by trying, and float32 products may use TF32.
     """
     possible = type(threads) is int and 1 <= threads <= (os.cpu_count() or 1)

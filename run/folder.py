@@ -21,7 +21,7 @@ OUR_GRID = re.compile(r"(0|[1-9][0-9]*)\.png")
 def check_out_dir(out_dir: Path) -> None:
     """Raise BadInput unless a run can have its files in `out_dir`. Leave no trace."""
     check_writable("--out_dir", out_dir)
-    for name in ("images", "logs", "metrics.jsonl", "config.json", ".lock", NEWEST, PREVIOUS):
+    for name in ("images", "logs", "metrics.jsonl", "config.json", ".lock", NEWEST, PREVIOUS, *WEIGHTS, *BEST):
         what, is_wanted = ("folder", Path.is_dir) if name in ("images", "logs") else ("file", Path.is_file)
         if os.path.lexists(out_dir / name) and not is_wanted(out_dir / name):
             raise BadInput(f"argument --out_dir: {str(out_dir / name)!r} is not a {what}: name another folder")
