@@ -31,11 +31,11 @@ class Run:
                 self.record = Record(self.opt, self.plan, self.ranks.device, len(self.all_batches), self.step)
                 stack.callback(self.record.close)
                 self.checkpoints = Checkpoints(self.opt, self.plan, self.ranks.device, self.record, self.parts)
-            self.open = stack.pop_all()
+            self.resources = stack.pop_all()
         return self
 
     def __exit__(self, kind, error, traceback):
-        self.open.close()
+        self.resources.close()
         if known := cause(error, self.step):
             raise known from error
 
