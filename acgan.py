@@ -223,8 +223,9 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
     departures.add_flags(parser)
 
     argv = sys.argv[1:] if argv is None else argv
-    departures.apply_recipe(parser, argv)
-    if saved is not None:
+    if saved is None:
+        departures.apply_recipe(parser, argv)
+    else:
         argv = with_saved_options(parser, argv, saved)
     opt = parser.parse_args(argv)
     departures.check(opt)

@@ -7,10 +7,12 @@ import json
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
 import termios
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +21,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, and threads of one would wait for those of another
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # and those of a test that has two would keep the cores busy
 
 
 def call(main, *flags) -> SimpleNamespace:
@@ -73,19 +76,41 @@ def start():
         process.kill()
 
 
-def on_terminal(*command, **variables) -> SimpleNamespace:
-    """Run a command in a pseudo-terminal of 80x24 to its end; has .status and .lines, with every state of a bar."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        words = [sys.executable, *map(str, command)]
-        os.execve(words[0], words, os.environ | variables)
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    output = b""
-    with contextlib.suppress(OSError):  # its end
-        while part := os.read(terminal, 4096):
-            output += part
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return SimpleNamespace(status=status, lines=re.split(r"[\r\n]+", output.decode()))
+@contextlib.contextmanager
+def stopped_after(batches: int):
+    """Inside the block a run in this process gets the signal TERM when so many batches are done."""
+    from run.loop import Run
+
+    after_batch = Run.after_batch
+
+    def stop_in_time(self, metrics):
+        if self.step + 1 == batches:
+            signal.raise_signal(signal.SIGTERM)
+        after_batch(self, metrics)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "after_batch", stop_in_time)
+        yield
+
+
+def on_terminal(main, *flags) -> SimpleNamespace:
+    """Call a script's main() in a pseudo-terminal of 80x24; has .status and .lines, with every state of a bar."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    output = []
+
+    def read():
+        with contextlib.suppress(OSError):  # its end
+            while part := os.read(ours, 4096):
+                output.append(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with open(theirs, "w") as terminal, contextlib.redirect_stdout(terminal), contextlib.redirect_stderr(terminal):
+        status = main([str(flag) for flag in flags])
+    reader.join()
+    os.close(ours)
+    return SimpleNamespace(status=status, lines=re.split(r"[\r\n]+", b"".join(output).decode()))
 
 
 def errors(result) -> str:

@@ -3,8 +3,10 @@
 Other variables of the environment, all optional:
 PAUSE_AT=B      the process stops itself, as by Ctrl-Z, when B batches are done, so no test depends on a moment in time.
 NOTES=DIR       DIR/RANK.jsonl gets each batch's indices, the sum of its noise, and a hash of all parameters after it.
-KILL_AT="R B"   rank R kills itself when B batches are done, unless torchrun has restarted it.
+KILL_AT="R B"   rank R kills itself when B batches are done, unless torchrun has restarted it. "R B, R B": and again,
+                when B batches are done after the first restart, and so on.
 SPOIL_AT="R B"  rank R gets images that are not numbers in the batch after B batches.
+RANKS="N M"     N ranks, which torchrun's agent forks from this process, and restarts up to M times.
 """
 
 import functools
@@ -29,9 +31,14 @@ KEPT = 1000  # digits
 @functools.cache
 def first_digits(img_size: int) -> LabelledImages:
     """The first KEPT training digits."""
-    images, labels = (builtin.read_idx(builtin.BUNDLED / name, "") for name in builtin.IDX[:2])
-    images = builtin.resize(images[:KEPT, ..., None], img_size)
-    return LabelledImages(images, acgan.torch.tensor(labels[:KEPT]).long(), [str(digit) for digit in range(10)])
+    return digits(builtin.IDX[:2], 0, KEPT, img_size)
+
+
+def digits(files: list[str], first: int, last: int, img_size: int = 32) -> LabelledImages:
+    """The digits from `first` to before `last` of a pair of files."""
+    images, labels = (builtin.read_idx(builtin.BUNDLED / name, "")[first:last] for name in files)
+    images = builtin.resize(images[..., None], img_size)
+    return LabelledImages(images, acgan.torch.tensor(labels).long(), [str(digit) for digit in range(10)])
 
 
 def few(n: int):
@@ -49,7 +56,8 @@ def few(n: int):
 def watch() -> None:
     """Do in each batch what the environment asks for."""
     gather, seen, done = Batches.gather, [], itertools.count()
-    rank, restarted = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    rank, restarts = os.environ.get("RANK", "0"), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    kills = dict(enumerate(os.environ.get("KILL_AT", "").split(", ")))
 
     def watched_gather(self, indices):
         seen.append(indices.tolist())
@@ -61,7 +69,7 @@ def watch() -> None:
             batches = next(done)
             if os.environ.get("PAUSE_AT") == str(batches):
                 os.kill(os.getpid(), signal.SIGSTOP)
-            if os.environ.get("KILL_AT") == f"{rank} {batches}" and not restarted:
+            if kills.get(restarts) == f"{rank} {batches}":
                 os.kill(os.getpid(), signal.SIGKILL)
             if os.environ.get("SPOIL_AT") == f"{rank} {batches}":
                 real_imgs = real_imgs * float("nan")
@@ -82,8 +90,22 @@ def watch() -> None:
     departures.Step.__call__ = watched(departures.Step.__call__)
 
 
-if __name__ == "__main__":
+def main() -> None:
     watch()
     acgan.EpochScorer.SCORED = 50
     acgan.load_dataset = few(int(os.environ["DIGITS"]))
     sys.exit(acgan.main())
+
+
+def fork_ranks(ranks: int, max_restarts: int) -> None:
+    """Do what torchrun does, without the seconds that each rank's imports take."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    acgan.check_tensorboard()  # its import, too
+    nodes = dict(min_nodes=1, max_nodes=1, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="test")
+    config = LaunchConfig(**nodes, nproc_per_node=ranks, max_restarts=max_restarts, start_method="fork")
+    elastic_launch(config, main)()
+
+
+if __name__ == "__main__":
+    fork_ranks(*map(int, os.environ["RANKS"].split())) if "RANKS" in os.environ else main()

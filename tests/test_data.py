@@ -17,7 +17,7 @@ from torchvision import datasets, transforms
 
 from data import batches, builtin, load_dataset
 from data.batches import Batches, normalize
-from models import load_network
+from run.weights import load_network
 from utils import BadInput
 
 
@@ -113,21 +113,32 @@ def write_idx(path, array):
         )
 
 
-@pytest.mark.parametrize("name", ["fashion_mnist", "kmnist"])
-def test_idx_sets_are_read_from_the_files_put_there(name, tmp_path, train):
-    kind, folder, files = builtin.SETS[name]
+def put_files(name, root):
+    """Write the files of a set of 30 images below `root`, and return pixels and labels."""
+    _, folder, files = builtin.SETS[name]
     pixels, labels = np.random.default_rng(0).integers(0, 256, (30, 28, 28)), np.arange(30) % 10
     for images_file, labels_file in (files[:2], files[2:]):
-        write_idx(tmp_path / folder / images_file, pixels)
-        write_idx(tmp_path / folder / labels_file, labels)
+        write_idx(root / folder / images_file, pixels)
+        write_idx(root / folder / labels_file, labels)
+    return pixels, labels
+
+
+def test_run_learns_from_the_files_put_there(tmp_path, train):
+    put_files("fashion_mnist", tmp_path)
+    flags = ["--dataset", "fashion_mnist", "--data_root", tmp_path, "--img_size", 16, "--latent_dim", 4, "--seed", 0]
+    result = train(*flags, "--batch_size", 15, "--max_steps", 1, "--out_dir", tmp_path / "run")
+    assert result.status == 0 and "Data: fashion_mnist, 30 grey images of 10 classes." in result.err
+    assert load_network(tmp_path / "run" / "acgan_gen.pth").classes == datasets.FashionMNIST.classes
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist", "kmnist"])
+def test_idx_sets_are_read_from_the_files_put_there(name, tmp_path):
+    kind, folder, files = builtin.SETS[name]
+    pixels, labels = put_files(name, tmp_path)
     for part in (True, False):
         images, found, classes, _ = load_dataset(name, tmp_path, 28, train=part)
         assert torch.equal(images[:, 0], torch.from_numpy(pixels).to(torch.uint8)) and found.tolist() == labels.tolist()
         assert classes == kind.classes
-    flags = ["--dataset", name, "--data_root", tmp_path, "--img_size", 28, "--batch_size", 16, "--seed", 0]
-    result = train(*flags, "--max_steps", 2, "--out_dir", tmp_path / "run")
-    assert result.status == 0 and f"Data: {name}, 30 grey images of 10 classes." in result.err
-    assert load_network(tmp_path / "run" / "acgan_gen.pth").classes == classes
 
     packed = (tmp_path / folder / files[1]).read_bytes()
     write_idx(tmp_path / folder / files[1], labels[:20])

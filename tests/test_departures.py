@@ -3,22 +3,26 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import small
 import torch
-import torch.nn.functional as F
-from conftest import assert_same_run, call, errors, read_rows
+from conftest import assert_same_run, call, differing, errors, read_rows, stopped_after
+from torch import nn
 
 import acgan
+import departures
+import fast
 import generate
 from benchmarks import recipe
 from data.batches import Batches
-from models import Discriminator, Generator, load_network
-from recipes import DEPARTURES, RECIPES, build_networks, build_objective
-from training import departures
-from training.departures import Objective
+from departures import RECIPES, Step, with_logit
+from fast.bfloat16 import InBfloat16
+from models import Discriminator, Generator, weights_init_normal
+from run.resume import MATHEMATICS
 
-SMALL = ["--seed", 6, "--batch_size", 24, "--img_size", 16, "--log_interval", 1, "--sample_interval", 4]
+SMALL = ["--seed", 6, "--batch_size", 24, "--img_size", 16, "--latent_dim", 4, "--log_interval", 1,
+         "--sample_interval", 4]  # fmt: skip
 SWITCHES = [  # every one of them away from the tutorial
     ["--class_loss", "logits"],
     ["--bn_eps", 1e-5],
@@ -34,52 +38,117 @@ SWITCHES = [  # every one of them away from the tutorial
     ["--pretrain_class_head", 1],
     ["--lr_schedule", "linear"],
 ]
+BEST = ["--recipe", "best"]
+OTHERS = ["--conditioning", "concat", "--fake_class_loss", "off", "--d_width", 2, "--d_deviation", "on", "--r1", 0.2,
+          "--pretrain_class_head", 1]  # what the recipe leaves out  # fmt: skip
 
 
 def options(*flags):
-    opt = acgan.parse_args([str(flag) for flag in flags])
-    opt.n_classes, opt.channels, opt.classes = 10, 1, list("0123456789")
-    return opt
+    return acgan.parse_args([str(flag) for flag in flags])
 
 
 def networks(*flags):
+    opt = options(*flags)
     torch.manual_seed(0)
-    return build_networks(options(*flags), torch.device("cpu"))[:2]
+    return departures.networks(opt, 10, 1) or (Generator(img_size=opt.img_size), Discriminator(img_size=opt.img_size))
 
 
 @pytest.mark.faithful
-def test_without_switches_all_is_the_tutorials():
+def test_without_switches_nothing_departs():
     opt = options()
-    assert options("--recipe", "faithful").__dict__ == opt.__dict__
-    generator, discriminator = networks()
-    for network in (generator, discriminator):
-        assert network.config.items() >= network.TUTORIAL.items()
-    assert build_objective(opt) == Objective()
-    assert all(departures.learning_rate(opt, step) == 0.0002 for step in (0, 10**6))
-    assert not any(Objective().penalised(step) for step in range(10))
-    assert {flags[0][2:] for flags in SWITCHES} == set(DEPARTURES) - {"recipe"}
+    assert options("--recipe", "faithful") == opt
+    assert departures.networks(opt, 10, 1) is None and departures.step(opt, 100) is None
+    assert departures.networks(options(*BEST), 10, 1) and departures.step(options(*BEST), 100)
+    assert {flags[0][2:] for flags in SWITCHES} == set(departures.FLAGS) - {"recipe"}
+    assert set(departures.FLAGS) < set(MATHEMATICS)  # so a resumed run has the same
 
 
 @pytest.mark.faithful
-def test_terms_are_those_of_the_tutorials_loss_modules():
-    probabilities, labels = torch.rand(8, 10).softmax(1), torch.arange(8)
-    validity, target = torch.rand(8, 1), torch.ones(8, 1)
-    terms = Objective()
-    assert torch.equal(terms.adversarial(validity, target), torch.nn.BCELoss()(validity, target))
-    for term in (terms.real_class, terms.fake_class, terms.generator_class):
-        assert torch.equal(term(probabilities, labels), torch.nn.CrossEntropyLoss()(probabilities, labels))
+@pytest.mark.parametrize("layers", ["plain", "fast"])
+def test_step_from_which_nothing_departs_equals_the_tutorials_bit_for_bit(layers):
+    results = []
+    for module, update in [(acgan, acgan.train_step), (departures, Step())]:
+        acgan.seed_everything(0)
+        generator, discriminator = module.Generator(img_size=16), module.Discriminator(img_size=16)
+        generator.apply(weights_init_normal), discriminator.apply(weights_init_normal)
+        if layers == "fast":
+            fast.use_fast_layers(generator, discriminator)
+        adam = dict(lr=0.0002, betas=(0.5, 0.999), fused=True)
+        optimizers = [torch.optim.Adam(network.parameters(), **adam) for network in (generator, discriminator)]
+        batches, rows = Batches(small.few(150)("mnist", None, 16), 32), []  # five, the last of 22
+        for number, indices in enumerate(batches):
+            if module is departures:
+                assert not update.prepare(number, *optimizers) and optimizers[0].param_groups[0]["lr"] == 0.0002
+            z = torch.from_numpy(np.random.normal(0, 1, (len(indices), 100))).float()
+            gen_labels = torch.from_numpy(np.random.randint(0, 10, len(indices)))
+            rows.append(update(generator, discriminator, *optimizers, *batches.gather(indices), z, gen_labels))
+        results.append([rows, generator.state_dict(), discriminator.state_dict()])
+        results[-1] += [optimizer.state_dict()["state"] for optimizer in optimizers]
+        results[-1] += [torch.get_rng_state(), torch.from_numpy(np.random.get_state()[1].copy())]
+    assert len(results[0][0]) == 5 and list(results[0][0][0]) == list(results[1][0][0])
+    assert differing(*results) == []
+
+
+def one_batch(*flags):
+    """What one batch at a rate of 0 records, D's outputs for its real and its drawn images, and their classes."""
+    flags = ["--img_size", 16, "--d_dropout", 0, *flags]
+    generator, discriminator = networks(*flags)
+    optimizers = [torch.optim.SGD(network.parameters(), lr=0) for network in (generator, discriminator)]
+    digits = Batches(small.first_digits(16), 8)
+    real_imgs, labels = digits.gather(torch.arange(8))
+    z, gen_labels = torch.randn(8, 100), torch.arange(1, 9)
+    step = departures.step(options(*flags), 100)
+    metrics = step(generator, discriminator, *optimizers, real_imgs, labels, z, gen_labels)
+    with torch.no_grad():
+        shown = discriminator(real_imgs), discriminator(generator(z, gen_labels))
+    return metrics, *shown, labels, gen_labels
 
 
 def test_logits_are_those_of_the_probabilities_and_the_losses_take_them():
-    plain, logits = (Discriminator(img_size=16, outputs=outputs).eval() for outputs in ("probabilities", "logits"))
+    plain, logits = (departures.build("Discriminator", img_size=16, outputs=outputs).eval()
+                     for outputs in ("probabilities", "logits"))  # fmt: skip
     logits.load_state_dict(plain.state_dict())
-    imgs, labels, target = torch.randn(4, 1, 16, 16), torch.arange(4), torch.ones(4, 1)
+    imgs = torch.randn(4, 1, 16, 16)
     (validity, label), (raw_validity, raw_label) = plain(imgs), logits(imgs)
     torch.testing.assert_close(raw_label.softmax(1), label)
     torch.testing.assert_close(raw_validity.sigmoid(), validity)
-    terms = build_objective(options("--class_loss", "logits"))
-    torch.testing.assert_close(terms.real_class(raw_label, labels), -label[range(4), labels].log().mean())
-    torch.testing.assert_close(terms.adversarial(raw_validity, target), F.binary_cross_entropy(validity, target))
+
+    metrics, (real, real_class), (drawn, drawn_class), labels, gen_labels = one_batch("--class_loss", "logits")
+    wanted = dict(
+        d_real_adv=-real.sigmoid().log().mean(),
+        d_real_aux=-real_class.softmax(1)[range(8), labels].log().mean(),
+        d_fake_adv=-(1 - drawn.sigmoid()).log().mean(),
+        d_fake_aux=-drawn_class.softmax(1)[range(8), gen_labels].log().mean(),
+        g_adv=-drawn.sigmoid().log().mean(),
+        g_aux=-drawn_class.softmax(1)[range(8), gen_labels].log().mean(),
+    )
+    for name, value in wanted.items():
+        torch.testing.assert_close(metrics[name], value, msg=name)
+    torch.testing.assert_close(metrics["d_loss"], sum(list(wanted.values())[:4]) / 4)
+    torch.testing.assert_close(metrics["g_loss"], (metrics["g_adv"] + metrics["g_aux"]) / 2)
+
+
+def test_twin_head_has_an_output_for_real_and_for_generated_of_each_class():
+    flags = ["--class_head", "2k", "--class_loss", "logits"]
+    metrics, (_, real_class), (_, drawn_class), labels, gen_labels = one_batch(*flags)
+    assert real_class.shape == (8, 20)
+    real, drawn = real_class.softmax(1).log(), drawn_class.softmax(1).log()
+    torch.testing.assert_close(metrics["d_real_aux"], -real[range(8), labels].mean())
+    torch.testing.assert_close(metrics["d_fake_aux"], -drawn[range(8), gen_labels + 10].mean())
+    gap = drawn[range(8), gen_labels] - drawn[range(8), gen_labels + 10]
+    torch.testing.assert_close(metrics["g_aux"], -gap.mean(), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(metrics["d_acc_real"], (real.argmax(1) % 10 == labels).float().mean())
+    torch.testing.assert_close(metrics["d_acc_fake"], (drawn.argmax(1) % 10 == gen_labels).float().mean())
+    logits = torch.zeros(2, 6)  # three classes
+    logits[0, 1], logits[1, 5] = 2.0, 1.0
+    assert Step(twin_head=True).recognised(logits).tolist() == [1, 2]
+
+
+def test_class_loss_on_generated_images_can_be_off():
+    metrics, *_ = one_batch("--fake_class_loss", "off")
+    assert metrics["d_fake_aux"] == 0 and metrics["d_real_aux"] > 0 and metrics["g_aux"] > 0
+    parts = metrics["d_real_adv"] + metrics["d_real_aux"] + metrics["d_fake_adv"]
+    torch.testing.assert_close(metrics["d_loss"], parts / 4)
 
 
 def test_concat_gives_the_first_layer_twice_the_inputs():
@@ -96,22 +165,23 @@ def test_concat_gives_the_first_layer_twice_the_inputs():
 
 def test_width_multiplies_the_channels_of_the_discriminator_alone():
     generator, discriminator = networks("--d_width", 3)
-    convolutions = [layer for layer in discriminator.modules() if isinstance(layer, torch.nn.Conv2d)]
+    convolutions = [layer for layer in discriminator.modules() if isinstance(layer, nn.Conv2d)]
     assert [layer.out_channels for layer in convolutions] == [48, 96, 192, 384]
     assert [tuple(output.shape) for output in discriminator(torch.randn(2, 1, 32, 32))] == [(2, 1), (2, 10)]
-    assert generator.config == networks()[0].config
+    assert type(generator) is Generator and generator.config == networks()[0].config
 
 
 def test_deviation_of_a_group_of_images_changes_their_validity_alone():
     discriminator = networks("--d_deviation", "on", "--d_dropout", 0, "--d_norm", "none")[1]
     imgs = torch.randn(8, 1, 32, 32)
-    features = discriminator.conv_blocks(imgs).flatten(1)
-    deviation = torch.cat([group.std(0, unbiased=False).expand(4, -1) for group in features.split(4)])
     layer = discriminator.adv_layer[0]
-    wanted = torch.cat([features, deviation], 1) @ layer.weight.T + layer.bias
-    torch.testing.assert_close(discriminator.with_logit(imgs)[0], wanted, atol=1e-4, rtol=1e-4)
+    for n, size in [(8, 4), (3, 3)]:  # three images are one group
+        features = discriminator.conv_blocks(imgs[:n]).flatten(1)
+        deviation = torch.cat([group.std(0, unbiased=False).expand(size, -1) for group in features.split(size)])
+        wanted = torch.cat([features, deviation], 1) @ layer.weight.T + layer.bias
+        torch.testing.assert_close(with_logit(discriminator, imgs[:n])[0], wanted, atol=1e-4, rtol=1e-4)
     (validity, label), (short, short_label) = discriminator(imgs), discriminator(imgs[:3])
-    assert len(short) == 3 and not torch.allclose(short, validity[:3])  # three images are one group
+    assert len(short) == 3 and not torch.allclose(short, validity[:3])
     torch.testing.assert_close(short_label, label[:3])
     alike = imgs[:1].expand(4, -1, -1, -1).clone().requires_grad_()
     discriminator(alike)[0].sum().backward()
@@ -121,9 +191,10 @@ def test_deviation_of_a_group_of_images_changes_their_validity_alone():
 def test_deviation_by_class_sorts_each_batch_and_changes_nothing_else(train, tmp_path, monkeypatch):
     seen, train_step = {"on": [], "class": []}, acgan.train_step
 
-    def watched(generator, discriminator, optimizer_G, optimizer_D, real_imgs, labels, z, gen_labels, *others):
+    def watched(*networks_and_optimizers_and_batch):
+        real_imgs, labels, z, gen_labels = networks_and_optimizers_and_batch[4:]
         seen[kind].append([real_imgs.sum((1, 2, 3)), labels, z, gen_labels])
-        return train_step(generator, discriminator, optimizer_G, optimizer_D, real_imgs, labels, z, gen_labels, *others)
+        return train_step(*networks_and_optimizers_and_batch)
 
     monkeypatch.setattr(acgan, "train_step", watched)
     for kind in seen:
@@ -137,166 +208,158 @@ def test_deviation_by_class_sorts_each_batch_and_changes_nothing_else(train, tmp
             assert torch.equal(ours, theirs)
 
 
-def test_twin_head_has_an_output_for_real_and_for_generated_of_each_class():
-    discriminator = networks("--class_head", "2k")[1]
-    assert discriminator(torch.randn(2, 1, 32, 32))[1].shape == (2, 20)
-    terms = build_objective(options("--class_head", "2k", "--class_loss", "logits"))
-    logits = torch.zeros(2, 6)  # three classes
-    logits[0, 1], logits[1, 5] = 2.0, 1.0
-    first, second = torch.tensor([2.0]).exp() + 5, torch.tensor([1.0]).exp() + 5  # the softmax's denominators
-    labels = torch.tensor([1, 2])
-    torch.testing.assert_close(terms.real_class(logits, labels), (first.log() - 2 + second.log()).mean() / 2)
-    torch.testing.assert_close(terms.fake_class(logits, labels), (first.log() + second.log() - 1).mean() / 2)
-    assert terms.generator_class(logits, labels).item() == pytest.approx((-2 + 1) / 2)
-    assert terms.recognised(logits).tolist() == [1, 2]
+class LinearDiscriminator(nn.Module):
+    """D of 16 x 16 pixels whose outputs are linear: the validity's logit, and those of 2 * 3 classes."""
 
-
-def test_class_loss_on_generated_images_can_be_off():
-    terms = build_objective(options("--fake_class_loss", "off"))
-    assert terms.fake_class(torch.rand(4, 10), torch.arange(4)).item() == 0
-    assert terms.real_class(torch.rand(4, 10), torch.arange(4)).item() > 0
+    def __init__(self):
+        super().__init__()
+        self.conv_blocks = nn.Identity()
+        self.adv_layer = nn.Sequential(nn.Linear(16 * 16, 1), nn.Sigmoid())
+        self.aux_layer = nn.Linear(16 * 16, 6)
 
 
 def test_penalty_of_a_linear_discriminator_is_that_of_its_slope():
-    class Linear(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.slope = torch.nn.Parameter(torch.full((1, 16 * 16), 0.5))
-
-        def with_logit(self, img):
-            return img.flatten(1) @ self.slope.T, None
-
-    discriminator, terms = Linear(), Objective(r1=0.2)
-    penalty = terms.penalty(discriminator, torch.randn(5, 1, 16, 16), torch.arange(5))
-    assert penalty.item() == pytest.approx(0.2 / 2 * 4 * (16 * 16 * 0.25))  # every fourth batch, times four
+    discriminator, step = LinearDiscriminator(), Step(r1=0.2)
+    slope, imgs = discriminator.adv_layer[0].weight, torch.randn(5, 1, 16, 16)
+    penalty = step.penalty(discriminator, imgs, torch.arange(5))
+    torch.testing.assert_close(penalty, 0.2 / 2 * 4 * slope.square().sum())  # every fourth batch, times four
     penalty.backward()
-    torch.testing.assert_close(discriminator.slope.grad, 0.2 * 4 * discriminator.slope.detach())
-    assert [terms.penalised(step) for step in range(5)] == [True, False, False, False, True]
+    torch.testing.assert_close(slope.grad, 0.2 * 4 * slope.detach())
+    assert torch.equal(step.penalty(InBfloat16(discriminator), imgs, torch.arange(5)), penalty)  # in float32
+    assert [step.prepare(number) for number in range(5)] == [True, False, False, False, True]
+    assert not any(Step().prepare(number) for number in range(5))
 
 
 def test_whole_penalty_is_on_the_slope_of_validity_and_class_terms_together():
-    class Linear(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.slopes = torch.nn.Parameter(torch.randn(7, 16 * 16))  # of the validity, then of 2 * 3 classes
-
-        def with_logit(self, img):
-            out = img.flatten(1) @ self.slopes.T
-            return out[:, :1], out[:, 1:]
-
-    discriminator, labels = Linear(), torch.tensor([2, 0, 1, 1])
-    terms = build_objective(options("--class_head", "2k", "--r1", 0.3, "--r1_on", "whole"))
-    penalty = terms.penalty(discriminator, torch.randn(4, 1, 16, 16), labels)
-    slopes = discriminator.slopes[0] + discriminator.slopes[1 + labels] - discriminator.slopes[4 + labels]
-    torch.testing.assert_close(penalty, 0.3 / 2 * 4 * slopes.square().sum(1).mean())  # log C[y] - log C[y + K]: linear
+    discriminator, labels = LinearDiscriminator(), torch.tensor([2, 0, 1, 1])
+    step = departures.step(options("--class_head", "2k", "--r1", 0.3, "--r1_on", "whole"), 100)
+    penalty = step.penalty(discriminator, torch.randn(4, 1, 16, 16), labels)
+    classes = discriminator.aux_layer.weight
+    # log C[y] - log C[y + K] is linear in what the class head returns
+    slopes = discriminator.adv_layer[0].weight + classes[labels] - classes[3 + labels]
+    torch.testing.assert_close(penalty, 0.3 / 2 * 4 * slopes.square().sum(1).mean())
     penalty.backward()
-    assert discriminator.slopes.grad[1:].abs().sum() > 0
+    assert classes.grad.abs().sum() > 0
 
 
 def test_norm_and_dropout_of_d_can_be_off():
-    kinds = {type(layer) for layer in networks("--d_norm", "none", "--d_dropout", 0)[1].modules()}
-    assert torch.nn.BatchNorm2d not in kinds
-    discriminator = networks("--d_norm", "none", "--d_dropout", 0)[1].train()
     imgs = torch.randn(4, 1, 32, 32)
+    discriminator = networks("--d_norm", "none", "--d_dropout", 0)[1].train()
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in discriminator.modules())
     assert torch.equal(discriminator(imgs)[1], discriminator(imgs)[1])
     discriminator = networks()[1].train()
     assert not torch.equal(discriminator(imgs)[1], discriminator(imgs)[1])
 
 
-def test_pretrained_class_head_recognises_real_digits():
-    opt = options("--pretrain_class_head", 12, "--lr", 0.002, "--class_loss", "logits", "--d_dropout", 0)
-    discriminator, batches = networks("--class_loss", "logits")[1], Batches(small.first_digits(32), 32)
-    departures.pretrain_class_head(opt, 0, discriminator, build_objective(opt), batches)
+def test_pretrained_class_head_recognises_real_digits(capsys):
+    opt = options("--pretrain_class_head", 10, "--lr", 0.002)
+    discriminator = networks("--img_size", 16, "--class_loss", "logits", "--d_dropout", 0)[1]
+    batches = Batches(small.first_digits(16), 32)
+    departures.pretrain_class_head(opt, discriminator, batches)
+    assert re.match(r"Pretrained D's class head: [89]\d.\d\d% of the classes were right", capsys.readouterr().err)
     real_imgs, labels = batches.gather(torch.arange(small.KEPT))
     with torch.no_grad():
         assert (discriminator.eval()(real_imgs)[1].argmax(1) == labels).float().mean() > 0.9
 
 
 def test_rate_falls_to_0_over_the_second_half_also_when_resumed(train, tmp_path, monkeypatch):
-    rates, set_rate = [], departures.set_learning_rate
+    rates, prepare = [], Step.prepare
 
-    def watched(opt, step, *optimizers):
-        set_rate(opt, step, *optimizers)
+    def watched(self, step, *optimizers):
+        penalised = prepare(self, step, *optimizers)
         rates.append([optimizer.param_groups[0]["lr"] for optimizer in optimizers])
+        return penalised
 
-    monkeypatch.setattr(departures, "set_learning_rate", watched)
-    flags = [*SMALL, "--lr_schedule", "linear", "--lr", 0.01, "--n_epochs", 3]  # nine batches
-    assert train(*flags, "--out_dir", tmp_path / "straight").status == 0
-    wanted = [0.01] * 5 + [0.01 * 2 * (1 - step / 9) for step in (5, 6, 7, 8)]
+    monkeypatch.setattr(Step, "prepare", watched)
+    flags = [*SMALL, "--lr_schedule", "linear", "--lr", 0.01]
+    wanted = [0.01] * 5 + [0.01 * 2 * (1 - step / 9) for step in (5, 6, 7, 8)]  # of nine batches
+    with stopped_after(6):
+        assert train(*flags, "--n_epochs", 3, "--out_dir", tmp_path / "run").status == 143
+    assert len(rates) == 6 and train("--resume", tmp_path / "run").status == 0
     assert [rate for rate, _ in rates] == [rate for _, rate in rates] == pytest.approx(wanted)
-    rates.clear()
-    assert train(*flags, "--out_dir", tmp_path / "run", "--max_steps", 6).status == 0
-    assert rates[-1][0] == pytest.approx(0.01 * 2 * (1 - 5 / 6))  # it was planned for six
-    line = errors(train("--resume", tmp_path / "run"))
-    assert "--lr_schedule: the rate of this run is 0 after batch 6: add --max_steps 6, or" in line
+    line = errors(train("--resume", tmp_path / "run", "--n_epochs", 4))
+    assert "--lr_schedule: the rate of this run is 0 after batch 9: add --max_steps 9, or" in line
 
 
-@pytest.mark.parametrize("flags", [["--recipe", "best"], *SWITCHES], ids=lambda flags: " ".join(map(str, flags)))
-def test_every_switch_trains_otherwise_and_resumes_bit_exactly(flags, train, start, tmp_path):
-    plain = train(*SMALL, "--max_steps", 8, "--out_dir", tmp_path / "plain")
-    result = train(*SMALL, *flags, "--n_epochs", 3, "--out_dir", tmp_path / "straight")
-    assert plain.status == result.status == 0, result.err
-    plain, ours = (read_rows(tmp_path / name)[-2 + at]["g_loss"] for name, at in [("plain", 1), ("straight", 0)])
-    assert plain != ours
-    process = start(*SMALL, *flags, "--n_epochs", 3, "--out_dir", tmp_path / "run", pause_at=5)
-    process.terminate()
-    process.send_signal(18)  # SIGCONT
-    _, err = process.communicate()
-    assert process.returncode == 143, err
-    other = ["--lr_schedule", "constant"] if "linear" in flags else ["--lr_schedule", "linear"]
-    if "best" not in flags:
-        assert "the checkpoint has --lr_schedule" in errors(train("--resume", tmp_path / "run", *other))
-    assert train("--resume", tmp_path / "run").status == 0
+def test_rate_that_a_graph_reads_keeps_its_place_in_memory():
+    step, parameter = Step(falling_from=0.01, schedule_steps=10), nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.Adam([parameter], lr=0.01, capturable=True)
+    places = set()
+    for number, rate in [(0, 0.01), (7, 0.006), (9, 0.002)]:
+        step.prepare(number, optimizer)
+        places.add(optimizer.param_groups[0]["lr"].data_ptr())
+        assert optimizer.param_groups[0]["lr"].item() == pytest.approx(rate)
+    assert len(places) == 1
+
+
+@pytest.fixture(scope="module")
+def plain(train, tmp_path_factory):
+    """A run without switches."""
+    out_dir = tmp_path_factory.mktemp("plain")
+    assert train(*SMALL, "--max_steps", 4, "--out_dir", out_dir).status == 0
+    return out_dir
+
+
+@pytest.mark.parametrize("flags", SWITCHES, ids=lambda flags: " ".join(map(str, flags)))
+def test_every_switch_trains_otherwise(flags, plain, train, tmp_path):
+    result = train(*SMALL, *flags, "--max_steps", 4, "--out_dir", tmp_path)
+    assert result.status == 0, result.err
+    ours, theirs = ([row["g_loss"] for row in read_rows(folder)] for folder in (tmp_path, plain))
+    assert len(ours) == len(theirs) == 4 and ours != theirs
+
+
+@pytest.mark.parametrize(
+    ("flags", "contradiction"),
+    [(BEST, ["--d_norm", "batch"]), (OTHERS, ["--fake_class_loss", "on"])],
+    ids=["best", "others"],
+)
+def test_run_with_switches_resumes_bit_exactly_and_its_weights_draw(flags, contradiction, train, tmp_path):
+    flags = [*SMALL, *flags, "--n_epochs", 3]  # nine batches
+    assert train(*flags, "--out_dir", tmp_path / "straight").status == 0
+    with stopped_after(5):
+        assert train(*flags, "--out_dir", tmp_path / "run").status == 143
+    line = errors(train("--resume", tmp_path / "run", *contradiction))
+    assert f"argument --resume: the checkpoint has {contradiction[0]} " in line
+    result = train("--resume", tmp_path / "run")
+    assert result.status == 0 and "Pretrained" not in result.err
     assert_same_run(tmp_path / "run", tmp_path / "straight")
-    flags = ["--weights", tmp_path / "run", "--out", tmp_path / "a.png", "--device", "cpu"]
-    assert call(generate.main, "2026", *flags).status == 0
+    weights = ["--weights", tmp_path / "run", "--out", tmp_path / "a.png", "--device", "cpu"]
+    assert call(generate.main, "2026", *weights).status == 0
+
+
+def test_runs_with_switches_have_every_switch():
+    names = {flag[2:] for flag in OTHERS if str(flag).startswith("--")}
+    assert names | set(RECIPES["best"]) >= set(departures.FLAGS) - {"recipe"}
 
 
 def test_recipe_sets_defaults_and_a_flag_beside_it_wins():
-    best, mixed = options("--recipe", "best"), options("--r1", 3, "--recipe=best", "--lr", 0.5)
+    best, mixed = options(*BEST), options("--r1", 3, "--recipe=best", "--lr", 0.5)
     assert {name: getattr(best, name) for name in RECIPES["best"]} == RECIPES["best"]
     assert (mixed.r1, mixed.lr, mixed.class_head) == (3, 0.5, best.class_head)
-    shown = call(acgan.main, "--recipe", "best", "--help").out
+    assert departures.step(best, 100).whole_r1
+    shown = call(acgan.main, *BEST, "--help").out
     assert re.search(r"--r1 GAMMA .*\(default:\s+0\.05\)", " ".join(shown.split()))
     for without in (["--r1", 0], ["--class_head", "aux"]):  # nothing is left for the recipe's --r1_on whole to act on
-        assert options("--recipe", "best", *without).r1_on == "validity"
+        assert not departures.step(options(*BEST, *without), 100).whole_r1
 
 
-def test_compiled_penalised_run_equals_an_eager_one(train, tmp_path):
-    flags = [*SMALL, "--recipe", "best", "--lr", 0.0002, "--max_steps", 6]  # at the recipe's own, rounding grows fast
-    for how in ("on", "off"):
-        assert train(*flags, "--compile", how, "--out_dir", tmp_path / how).status == 0
-    ours, theirs = (read_rows(tmp_path / how) for how in ("on", "off"))
-    for name in ("d_loss", "g_loss", "d_penalty"):
-        wanted = [row.get(name, 0) for row in theirs]
-        assert [row.get(name, 0) for row in ours] == pytest.approx(wanted, rel=1e-5)
-    assert ["d_penalty" in row for row in ours] == [True, False, False, False, True, False]
-
-
-def test_run_can_start_from_the_weights_of_another(train, tmp_path):
-    assert train(*SMALL, "--max_steps", 3, "--out_dir", tmp_path / "first").status == 0
-    flags = [*SMALL, "--max_steps", 1, "--lr", 1e-12, "--init_from", tmp_path / "first"]
-    result = train(*flags, "--out_dir", tmp_path / "second")
-    assert f"Generator: starts from {tmp_path / 'first'}.\nDiscriminator: starts from" in result.err
-    for name in ("acgan_gen.pth", "acgan_dist.pth"):
-        first, second = (load_network(tmp_path / run / name) for run in ("first", "second"))
-        for ours, theirs in zip(first.parameters(), second.parameters(), strict=True):
-            torch.testing.assert_close(ours, theirs)
-    resized = [*flags[:-2], "--latent_dim", 50, "--init_from", tmp_path / "first" / "acgan_gen.pth"]
-    result = train(*resized, "--out_dir", tmp_path / "third")
+def test_run_can_start_from_one_file_with_layers_of_other_sizes_and_not_from_another_function(plain, train, tmp_path):
+    flags = [*SMALL, "--max_steps", 1, "--latent_dim", 3, "--init_from", plain / "acgan_gen.pth"]
+    result = train(*flags, "--out_dir", tmp_path / "resized")
     assert "acgan_gen.pth; new, as their sizes differ: label_emb.weight, l1.0.weight.\n" in result.err
     assert "Discriminator" not in result.err
-    line = errors(train(*flags, "--bn_eps", 1e-5, "--out_dir", tmp_path / "fourth"))
+    flags = [*SMALL, "--max_steps", 1, "--init_from", plain]
+    line = errors(train(*flags, "--bn_eps", 1e-5, "--out_dir", tmp_path / "other"))
     assert "--init_from: the weights of" in line and "are for bn_eps 0.8, not 1e-05: give this run" in line
-    line = errors(train("--resume", tmp_path / "first", *flags[-2:]))
+    line = errors(train("--resume", plain, *flags[-2:]))
     assert "--init_from: a run that continues has begun already" in line
-    assert not (tmp_path / "fourth").exists()
+    assert not (tmp_path / "other").exists()
 
 
 def test_networks_of_the_best_recipe_have_the_tutorials_convolutions():
-    generator, discriminator = networks("--recipe", "best")
+    generator, discriminator = networks(*BEST)
     for network, plain in [(generator, Generator()), (discriminator, Discriminator())]:
-        shapes, wanted = ([layer.weight.shape for layer in net.modules() if isinstance(layer, torch.nn.Conv2d)]
+        shapes, wanted = ([layer.weight.shape for layer in net.modules() if isinstance(layer, nn.Conv2d)]
                           for net in (network, plain))  # fmt: skip
         assert shapes == wanted
     assert (generator.l1[0].in_features, discriminator.aux_layer[0].out_features) == (200, 20)

@@ -11,11 +11,12 @@ from conftest import ROOT, call
 from PIL import Image
 
 import generate
-from cli import BUNDLED_GENERATOR, run_command
-from drawing import draw_images, draw_set
+from data import drawing
+from data.drawing import draw_images, draw_set
 from evaluation.judge import judge_images, load_judge
-from models import Generator, load_network, save_network
-from utils import atomic_write, print_line
+from models import Generator
+from run.weights import BUNDLED_GENERATOR, load_network, save_network
+from utils import atomic_write, print_line, run_command
 
 
 def cells(path, rows, columns):
@@ -78,27 +79,29 @@ def test_interpolation_begins_and_ends_at_the_classes(tmp_path):
     assert (changes > 0).all() and (changes.max(1).values < jump).all()
 
 
-def test_data_set(tmp_path):
-    result = call(generate.main, "-n", 130, "--npz", tmp_path / "set.npz")  # more than two chunks
-    assert result.status == 0 and result.out == f"{tmp_path / 'set.npz'}: 1,300 images\n"
+def test_data_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(drawing, "CHUNK", 100)  # of 260 images
+    result = call(generate.main, "-n", 26, "--npz", tmp_path / "set.npz")
+    assert result.status == 0 and result.out == f"{tmp_path / 'set.npz'}: 260 images\n"
     with np.load(tmp_path / "set.npz") as file:
         images, labels = file["images"], file["labels"]
-    assert images.shape == (1300, 1, 32, 32) and images.dtype == np.uint8
-    assert labels.shape == (1300,) and labels.dtype == np.int64
-    assert (np.bincount(labels) == 130).all()
+    assert images.shape == (260, 1, 32, 32) and images.dtype == np.uint8
+    assert labels.shape == (260,) and labels.dtype == np.int64
+    assert (np.bincount(labels) == 26).all()
     recognised = judge_images(load_judge(None), torch.from_numpy(images))[1]
     assert (recognised.numpy() == labels).mean() > 0.95
     assert not list(tmp_path.glob(".*"))
 
 
-def test_image_does_not_depend_on_its_neighbours_or_the_chunk():
+def test_image_does_not_depend_on_its_neighbours_or_the_chunk(monkeypatch):
+    monkeypatch.setattr(drawing, "CHUNK", 100)
     generator = load_network(BUNDLED_GENERATOR)
     z, labels = torch.randn(8, 100, generator=torch.Generator().manual_seed(0)), torch.arange(8)
     together = draw_images(generator, z, labels)
     alone = draw_images(generator, z[3:4], labels[3:4])
     torch.testing.assert_close(together[3:4], alone, atol=1e-5, rtol=0)
     assert generator.training
-    few, many = (draw_set(generator, torch.arange(n) % 10, seed=0).int() for n in (5, 505))
+    few, many = (draw_set(generator, torch.arange(n) % 10, seed=0).int() for n in (5, 105))
     assert (few[:4] - many[:4]).abs().max() <= 1  # torch.randn draws the tail of a tensor otherwise
 
 
@@ -129,9 +132,11 @@ def test_full_disk_behind_the_output_is_an_error(capsys, monkeypatch):
     assert capsys.readouterr().err.startswith("a.py: error: cannot write 'the output' (No space left on device): free")
 
 
-def test_closed_outputs_are_no_error_of_their_own(tmp_path):
-    save_network(tmp_path / "small.pth", Generator(img_size=16))
-    command = f'"{sys.executable}" "{ROOT / "generate.py"}" 1 --out "{tmp_path}/a.png" --weights'
-    assert subprocess.run(f"{command} none.pth >&- 2>&-", shell=True).returncode == 2
-    assert subprocess.run(f'{command} "{tmp_path}/small.pth" >&- 2>&-', shell=True).returncode == 0
-    assert (tmp_path / "a.png").exists()
+def test_closed_outputs_are_no_error_of_their_own(tmp_path, monkeypatch):
+    save_network(tmp_path / "small.pth", Generator(img_size=16, latent_dim=4), list("0123456789"))
+    flags = f'1 --out "{tmp_path}/a.png" --weights "{tmp_path}/small.pth"'
+    assert subprocess.run(f'"{sys.executable}" "{ROOT / "generate.py"}" {flags} >&- 2>&-', shell=True).returncode == 0
+    assert Image.open(tmp_path / "a.png").size == (4 * 20, 4 * 92)
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it if the shell closed it
+    monkeypatch.setattr(sys, "stderr", None)
+    assert generate.main(["1", "--weights", str(tmp_path / "none.pth")]) == 2

@@ -1,18 +1,46 @@
-"""The networks: the tutorial's names and counts, every promised size, and weight files that rebuild them."""
+"""The networks: the article's layers, every promised size, their fast layers, and weight files that rebuild them."""
 
 import copy
 import hashlib
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from torch import nn
 
-from models import Discriminator, Generator, load_network, save_network, update_ema, weights_init_normal
+import acgan
+import departures
+import fast
+from models import Discriminator, Generator, weights_init_normal
+from run.weights import WEIGHTS, load_network, save_network, update_ema
 from utils import BadInput
+
+EARLIER = ROOT / "tests" / "earlier_weights"  # small weight files of commit 0152d16, and what their networks computed
+OUTPUTS = json.loads((EARLIER / "outputs.json").read_text())
+TINY = ["--seed", 5, "--img_size", 16, "--latent_dim", 4, "--batch_size", 8]
+DIGITS = list("0123456789")
 
 
 def count(network):
     return sum(parameter.numel() for parameter in network.parameters())
+
+
+def stored(path):
+    """The tensors of a weight file, by name."""
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def assert_equal_states(ours, theirs):
+    assert list(ours) == list(theirs)
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
 @pytest.mark.faithful
@@ -29,6 +57,24 @@ def test_parameters_are_the_tutorials():
         *(f"conv_blocks.{n}.{part}" for n in (0, 3, 6, 7, 10, 11, 14) for part in ("weight", "bias")),
         *(f"{layer}.0.{part}" for layer in ("adv_layer", "aux_layer") for part in ("weight", "bias")),
     ]
+
+
+@pytest.mark.faithful
+def test_generator_has_the_articles_layers_in_its_order():
+    article = nn.Sequential(
+        nn.BatchNorm2d(128),
+        nn.Upsample(scale_factor=2),
+        nn.Conv2d(128, 128, 3, stride=1, padding=1),
+        nn.BatchNorm2d(128, 0.8),
+        nn.LeakyReLU(0.2, inplace=True),
+        nn.Upsample(scale_factor=2),
+        nn.Conv2d(128, 64, 3, stride=1, padding=1),
+        nn.BatchNorm2d(64, 0.8),
+        nn.LeakyReLU(0.2, inplace=True),
+        nn.Conv2d(64, 1, 3, stride=1, padding=1),
+        nn.Tanh(),
+    )
+    assert repr(Generator().conv_blocks) == repr(article)
 
 
 @pytest.mark.parametrize("img_size", [16, 20, 24, 28, 32, 36, 48, 64])
@@ -49,8 +95,9 @@ def test_shapes_and_ranges(img_size, channels, n_classes, latent_dim):
     "sizes", [{"img_size": 12}, {"img_size": 30}, {"channels": 0}, {"n_classes": 0}, {"latent_dim": -1}]
 )
 def test_sizes_that_cannot_work_are_named(sizes):
-    with pytest.raises(ValueError, match=next(iter(sizes))):
-        Generator(**sizes)
+    for module in (Generator, departures.Generator):
+        with pytest.raises(ValueError, match=next(iter(sizes))):
+            module(**sizes)
 
 
 def test_label_and_noise_both_reach_the_image():
@@ -61,10 +108,10 @@ def test_label_and_noise_both_reach_the_image():
 
 
 def test_ema_is_what_its_decay_says():
-    source = torch.nn.BatchNorm2d(3)
+    source = nn.BatchNorm2d(3)
     ema, by_hand = copy.deepcopy(source), source.weight.detach().clone()
     for steps in range(1, 200):
-        torch.nn.init.normal_(source.weight)
+        nn.init.normal_(source.weight)
         source.running_mean.fill_(steps)
         update_ema(ema, source, 0.9, steps)
         decay = min(0.9, steps / (steps + 4))
@@ -90,33 +137,62 @@ def test_init_touches_convolutions_and_norms_only():
     assert after["conv_blocks.3.weight"].std() == pytest.approx(0.02, rel=0.3)
 
 
+@pytest.mark.faithful
+@pytest.mark.parametrize(
+    "config", [dict(img_size=16), dict(img_size=28, channels=3), dict(), dict(img_size=16, conditioning="both")]
+)
+def test_fast_layers_keep_parameters_and_random_streams_and_compute_the_same(config):
+    torch.manual_seed(0)
+    plain = departures.build("Generator", **config).apply(weights_init_normal).double()
+    swapped, discriminator = copy.deepcopy(plain), departures.build("Discriminator", img_size=16)
+    before, random, numpy_random = dict(swapped.named_parameters()), torch.get_rng_state(), np.random.get_state()[1]
+    fast.use_fast_layers(swapped, discriminator)
+    assert torch.equal(torch.get_rng_state(), random) and (np.random.get_state()[1] == numpy_random).all()
+    after = dict(swapped.named_parameters())
+    assert list(after) == list(before) and all(after[name] is before[name] for name in before)
+    assert list(swapped.state_dict()) == list(plain.state_dict())
+    assert not any(isinstance(layer, nn.Upsample | nn.Conv2d) for layer in swapped.modules())
+    assert discriminator.conv_blocks[3].weight.is_contiguous(memory_format=torch.channels_last)
+
+    z, labels, outputs = torch.randn(4, 100, dtype=torch.float64), torch.arange(4), []
+    for generator in (swapped, plain):
+        outputs.append(generator(z, labels))
+        outputs[-1].square().mean().backward()
+    torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-10)
+    for (name, ours), theirs in zip(swapped.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-10, msg=name)
+
+
 @pytest.mark.parametrize("network", [Generator(7, 13, 28, 3), Discriminator(7, 28, 3)])
 def test_weight_file_alone_rebuilds_the_network(network, tmp_path):
-    save_network(tmp_path / "weights.pth", network, note="plain data")
+    classes = [f"class {number}" for number in range(7)]
+    save_network(tmp_path / "weights.pth", network, classes, note="plain data")
     rebuilt = load_network(tmp_path / "weights.pth")
-    assert type(rebuilt) is type(network) and rebuilt.config == network.config
-    for name, tensor in network.state_dict().items():
-        assert torch.equal(rebuilt.state_dict()[name], tensor)
+    assert type(rebuilt) is type(network) and rebuilt.config == network.config and rebuilt.classes == classes
+    assert_equal_states(rebuilt.state_dict(), network.state_dict())
     assert torch.load(tmp_path / "weights.pth", weights_only=True)["note"] == "plain data"
+    save_network(tmp_path / "weights.pth", network, classes[1:])
+    with pytest.raises(BadInput, match="is corrupt, or is not a Generator or Discriminator of this project"):
+        load_network(tmp_path / "weights.pth")
 
 
 @pytest.mark.parametrize(
-    ("network", "changes"),
+    ("network", "config", "changes"),
     [
-        (Generator(img_size=16), dict(bn_eps=1e-5)),
-        (Generator(img_size=16, conditioning="concat"), dict(bn_eps=1e-5)),
-        (Discriminator(img_size=16), dict(bn_eps=1e-5)),
-        (Discriminator(img_size=16), dict(outputs="logits")),
+        ("Generator", {}, dict(bn_eps=1e-5)),
+        ("Generator", dict(conditioning="concat"), dict(bn_eps=1e-5)),
+        ("Discriminator", {}, dict(bn_eps=1e-5)),
+        ("Discriminator", {}, dict(outputs="logits")),
     ],
 )
-def test_weight_file_keeps_the_mathematics_that_its_tensors_do_not_show(network, changes, tmp_path):
-    config, state = network.config, network.state_dict()
-    changed = type(network)(**(config | changes))
-    changed.load_state_dict(state)  # the same tensors
-    inputs = (torch.randn(4, 100), torch.arange(4)) if isinstance(network, Generator) else (torch.randn(4, 1, 16, 16),)
+def test_weight_file_keeps_the_mathematics_that_its_tensors_do_not_show(network, config, changes, tmp_path):
+    plain = departures.build(network, img_size=16, **config)
+    changed = departures.build(network, img_size=16, **config, **changes)
+    changed.load_state_dict(plain.state_dict())  # the same tensors
+    inputs = (torch.randn(4, 100), torch.arange(4)) if network == "Generator" else (torch.randn(4, 1, 16, 16),)
     outputs = []
-    for number, saved in enumerate([network, changed]):
-        save_network(tmp_path / f"{number}.pth", saved)
+    for number, saved in enumerate([plain, changed]):
+        save_network(tmp_path / f"{number}.pth", saved, DIGITS)
         loaded = load_network(tmp_path / f"{number}.pth").eval()
         assert loaded.config == saved.config
         outputs.append(torch.cat([out.detach().flatten() for out in loaded(*inputs)]))
@@ -128,7 +204,7 @@ def test_weight_file_keeps_the_mathematics_that_its_tensors_do_not_show(network,
     for name in changes:
         del packed["config"][name]
     torch.save(packed, tmp_path / "old.pth")
-    assert load_network(tmp_path / "old.pth").config == config
+    assert load_network(tmp_path / "old.pth").config == plain.config
     torch.save(packed | {"config": packed["config"] | {"later": 1}}, tmp_path / "later.pth")
     with pytest.raises(BadInput, match="is corrupt, or is not a Generator or Discriminator of this project"):
         load_network(tmp_path / "later.pth")
@@ -142,3 +218,109 @@ def test_bundled_weights_load():
         for tensor in load_network(ROOT / "weights" / name).state_dict().values():
             digest.update(tensor.numpy().tobytes())
         assert digest.hexdigest()[:16] == wanted
+
+
+def computed(network):
+    """What the network of a file in EARLIER computes, as outputs.json has it."""
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        if isinstance(network, Generator):
+            return network(torch.randn(10, 4, generator=random), torch.arange(10)).flatten(1).mean(1).tolist()
+        return [out.tolist() for out in network(torch.rand(4, 1, 16, 16, generator=random) * 2 - 1)]
+
+
+@pytest.mark.parametrize("file", OUTPUTS)
+def test_earlier_weight_file_loads_and_computes_what_it_did(file):
+    network = load_network(EARLIER / file).eval()
+    assert_equal_states(network.state_dict(), stored(EARLIER / file))
+    assert type(network).__name__ == ("Discriminator" if "dist" in file else "Generator")
+    for layers in ("plain", "fast"):
+        if layers == "fast":
+            fast.use_fast_layers(*([network] if isinstance(network, Generator) else [Generator(), network]))
+        torch.testing.assert_close(computed(network), OUTPUTS[file], rtol=0, atol=1e-5)
+
+
+def test_all_earlier_weight_files_are_tested():
+    assert {path.relative_to(EARLIER).as_posix() for path in EARLIER.glob("*/*.pth")} == set(OUTPUTS)
+
+
+@pytest.fixture(scope="module")
+def begun(train, tmp_path_factory):
+    """For each recipe, a run of one batch from earlier weights: its folder, and its networks before that batch."""
+    runs = {}
+
+    def watched(update):
+        def watched_update(*inputs):
+            seen.append([copy.deepcopy(network.state_dict()) for network in inputs[-8:-6]])
+            return update(*inputs)
+
+        return watched_update
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(acgan, "train_step", watched(acgan.train_step))
+        patch.setattr(departures.Step, "__call__", watched(departures.Step.__call__))
+        for recipe in ("faithful", "best"):
+            seen, out_dir = [], tmp_path_factory.mktemp(recipe)
+            flags = ["--recipe", recipe, "--init_from", EARLIER / recipe, "--max_steps", 1, "--out_dir", out_dir]
+            result = train(*TINY, *flags)
+            assert result.status == 0, result.err
+            path = EARLIER / recipe
+            assert f"Generator: starts from {path}.\nDiscriminator: starts from {path}.\n" in result.err
+            (networks,) = seen
+            runs[recipe] = out_dir, networks
+    return runs
+
+
+@pytest.mark.parametrize("recipe", ["faithful", "best"])
+def test_run_starts_from_the_tensors_of_earlier_weights(recipe, begun):
+    for state, name in zip(begun[recipe][1], WEIGHTS[:2], strict=True):
+        assert_equal_states(state, stored(EARLIER / recipe / name))
+
+
+def snippets():
+    """The Python of docs/outputs.md: how to load a weight file, how to draw with it, and how with models.py alone."""
+    load, draw, alone = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "outputs.md").read_text(), re.DOTALL)
+    return load, draw, alone
+
+
+def test_faithful_weights_load_with_models_py_alone(begun, monkeypatch):
+    files = [folder / name for folder in (ROOT / "weights", begun["faithful"][0]) for name in WEIGHTS[:2]]
+    with monkeypatch.context() as patch:
+        for name, module in list(sys.modules.items()):
+            path = Path(getattr(module, "__file__", None) or "/")
+            if path.is_relative_to(ROOT) and ".venv" not in path.parts:
+                patch.setitem(sys.modules, name, None)  # to import it would raise
+        patch.setattr(sys, "path", [path for path in sys.path if path and Path(path) != ROOT])
+        spec = importlib.util.spec_from_file_location("models", ROOT / "models.py")
+        models = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(models)
+        networks = []
+        for file in files:
+            packed = torch.load(file, weights_only=True)
+            networks.append(getattr(models, packed["network"])(**packed["config"]).eval())
+            networks[-1].load_state_dict(packed["state_dict"])
+        patch.setitem(sys.modules, "models", models)
+        patch.chdir(ROOT / "weights")
+        exec(snippets()[2], documented := {})
+    assert_equal_states(documented["G"].state_dict(), stored(ROOT / "weights" / "acgan_gen.pth"))
+    for file, alone in zip(files, networks, strict=True):
+        side = alone.config["img_size"]
+        inputs = [torch.randn(3, 1, side, side)]
+        if "latent_dim" in alone.config:
+            inputs = [torch.randn(3, alone.config["latent_dim"]), torch.arange(3)]
+        with torch.no_grad():
+            for ours, theirs in zip(alone(*inputs), load_network(file).eval()(*inputs), strict=True):
+                assert torch.equal(ours, theirs)
+
+
+def test_documented_way_to_load_weights_works_beside_a_persons_own_modules(tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("utils.py", "models.py", "data/__init__.py"):
+        (tmp_path / name).write_text("raise RuntimeError('a module of the same name was imported')\n")
+    shutil.copy(ROOT / "weights" / "acgan_gen.pth", tmp_path / "acgan_gen_ema.pth")
+    load, draw, _ = snippets()
+    assert load.startswith("import sys\n") and load.count('"/path/to/checkout"') == 1
+    code = load.replace("/path/to/checkout", str(ROOT)) + draw + "print(sevens.shape, generator.training)\n"
+    (tmp_path / "mine.py").write_text(code)
+    result = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout == "torch.Size([16, 1, 32, 32]) False\n", result.stderr
