@@ -272,7 +272,7 @@ def start(argv: list[str] | None) -> int:
         announce(f"Data: {opt.dataset}, {counted(plan.n_images, f'{kind} image')} of {plan.n_classes} classes.")
         if checkpoint:
             announce(f"Resuming after batch {checkpoint['step']:,} of {plan.total_steps:,}.")
-            if checkpoint["options"]["sample_interval"] != opt.sample_interval or before["compile"] != plan.compile:
+            if checkpoint["options"].get("sample_interval") != opt.sample_interval or before["compile"] != plan.compile:
                 announce("Another --sample_interval or --compile: the run resumes, but not bit-exactly.")
         status = train(opt, plan, ranks, batches, scorer, checkpoint)
     except (Diverged, LostRank) as error:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import time
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,8 @@ def fit_moments(state: dict, optimizer: torch.optim.Optimizer) -> None:
             if (moment.shape, moment.dtype, moment.layout) != wanted:
                 raise ValueError(f"{name} of another size or type")
             state[number][name] = torch.empty_like(parameter).copy_(moment)
+        if not 0 <= float(state[number]["step"]) < 2**31:
+            raise ValueError("no number of steps")
 
 
 def read_checkpoint(folder: Path, quiet: bool = False) -> dict:
@@ -115,16 +118,27 @@ def read_checkpoint(folder: Path, quiet: bool = False) -> dict:
     for path in paths:
         try:
             packed = load_data(path)
-            if packed["format"] not in (FORMAT, *OLD_FORMATS) or not packed["parts"].keys() >= PARTS:
+            if packed["format"] in OLD_FORMATS:
+                step = packed.get("step", packed.get("steps"))  # the oldest say steps
+                return dict(format=packed["format"], step=step, finished=packed["finished"], file=path)
+            if packed["format"] != FORMAT or not packed["parts"].keys() >= PARTS:
                 continue
-            if packed["format"] == FORMAT:
-                Plan(**packed["plan"])  # raises for one that lacks something
+            check_kinds(packed)
             if path.name == PREVIOUS and not quiet:
                 announce(f"{folder / NEWEST} is corrupt or missing: resuming from {PREVIOUS} instead.")
             return packed | {"file": path}
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError):
             continue
     raise BadInput(f"argument --resume: {str(paths[0])!r} is corrupt, or is not a checkpoint: name another run")
+
+
+def check_kinds(packed: dict) -> None:
+    """Raise TypeError unless what decides how a run is resumed is of the kinds that Checkpoints.save writes."""
+    plan, kinds = Plan(**packed["plan"]), typing.get_type_hints(Plan)
+    right = all(type(getattr(plan, name)) is (typing.get_origin(kind) or kind) for name, kind in kinds.items())
+    right &= type(packed["step"]) is int and packed["step"] >= 0 and type(packed["finished"]) is bool
+    if not right or type(packed["options"]) is not dict:
+        raise TypeError("a part of another kind")
 
 
 def read_to_resume(folder: Path) -> dict:
@@ -183,7 +197,7 @@ def restore_random_state(state: dict, device: torch.device) -> bool:
     """Undo random_state; return False if another device or number of threads rules out an exact continuation."""
     torch.set_rng_state(state["torch"])
     kind, *rest = state["numpy"]["rest"]
-    if not 0 <= rest[0] <= 624:  # NumPy does not check before it reads there
+    if not 0 <= rest[0] <= 624 or not state["numpy"]["keys"].any():  # NumPy does not check: no draw from zeros ends
         raise ValueError("no position in NumPy's random numbers")
     np.random.set_state((kind, state["numpy"]["keys"].numpy().astype(np.uint32), *rest))
     if state["device"] != device.type:

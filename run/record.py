@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -138,7 +139,7 @@ class Record:
     def graph(self, generator, discriminator, z, labels, img) -> None:
         """Write the graphs of both networks as one, as TensorBoard keeps one a run."""
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # PyTorch prints its errors
                 warnings.simplefilter("ignore")  # the tracer's, which do not concern this run
                 self.to_board("add_graph", BothNetworks(generator, discriminator), (z, labels, img))
         except Exception as error:  # torch.jit.trace ends with the Pythons that it supports

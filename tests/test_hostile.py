@@ -17,7 +17,8 @@ import evaluate
 import generate
 import train_judge
 from evaluation.judge import load_judge
-from models import Discriminator, Generator, save_network
+from models import Discriminator, Generator
+from run.weights import save_network
 
 COMMANDS = {"generate": generate.main, "evaluate": evaluate.main, "train_judge": train_judge.main}
 OTHER_DEVICES = ("--device", "--cuda")
@@ -63,7 +64,7 @@ HOSTILE = [  # the command line, and a part of the line that it must print
     ("evaluate --seed -1", "--seed: '-1' is not a whole number"),
     ("train_judge --n_epochs 0 --out judge.pth", "--n_epochs: '0' is not a whole number"),
     # flags that do not exist, or contradict each other
-    ("acgan --n_epoch 3", "--n_epoch 3 (did you mean --n_epochs?)"),
+    ("acgan --n_epoch 3", "unrecognized arguments: --n_epoch 3 (--help lists the flags)"),
     ("acgan --quick", "--quick (--help lists the flags)"),
     ("acgan 3", "unrecognized arguments: 3"),
     ("acgan --device tpu", "--device: invalid choice: 'tpu'"),
@@ -81,7 +82,7 @@ HOSTILE = [  # the command line, and a part of the line that it must print
     ("acgan --compile maybe", "--compile: invalid choice: 'maybe'"),
     ("acgan --n_classes 11", "--n_classes: mnist has 10, not 11: drop the flag"),
     ("acgan --channels 3", "--channels: mnist has 1, not 3: drop the flag"),
-    ("evaluate --fulll", "did you mean --full?"),
+    ("evaluate --fulll", "unrecognized arguments: --fulll (--help lists the flags)"),
     ("generate 12 --labels 3", "not allowed with argument"),
     ("generate --npz a.npz --out b.png", "--npz: not allowed with argument --out"),
     ("generate --npz a.npz --scale 2", "--npz: not allowed with argument --scale"),
@@ -128,12 +129,11 @@ HOSTILE = [  # the command line, and a part of the line that it must print
     ("acgan --out_dir text.pth/run", "--out_dir: cannot write to 'text.pth/run'"),
     ("acgan --out_dir /proc/run", "--out_dir: cannot write to '/proc/run'"),
     ("acgan --out_dir in_the_way", "images' is not a folder: name another folder"),
+    ("acgan --out_dir in_the_weights_way", "acgan_gen_best.pth' is not a file: name another folder"),
     ("acgan --out_dir of_others", "config.json' is not from a run: name another folder"),
     ("generate 1 --out .", "--out: '.' is a folder: name a file"),
     ("generate 1 --out a.jpg", "--out: 'a.jpg' does not end in .png: name a file that does"),
     ("generate 1 --out /dev/null", "--out: '/dev/null' is a device or a pipe: name a file"),
-    ("evaluate --missed a.jpg", "--missed: 'a.jpg' does not end in .png: name a file that does"),
-    ("evaluate --missed text.pth/a.png", "--missed: cannot write to 'text.pth'"),
     ("generate 1 --out text.pth/a.png", "--out: cannot write to 'text.pth'"),
     ("generate --npz /tmp", "--npz: '/tmp' is a folder: name a file"),
     ("generate --npz /proc/a.npz", "--npz: cannot write to '/proc'"),
@@ -158,6 +158,7 @@ HOSTILE = [  # the command line, and a part of the line that it must print
         "--judge: it knows 10 classes (0, 1, 2, ...) in grey, 32 pixels, but the generator",
     ),
     ("evaluate --judge dist.pth", "'dist.pth' is corrupt, or is not a Judge"),
+    ("acgan --init_from text.pth", "'text.pth' is corrupt, or is not a Generator or Discriminator of this project"),
     ("acgan --eval_interval 1 --judge none.pth", "none.pth' (No such file or directory): name a weight file"),
     (
         "acgan --eval_interval 1 --img_size 28",
@@ -206,15 +207,19 @@ def mess(tmp_path_factory):
 
     (at / "in_the_way").mkdir()
     (at / "in_the_way" / "images").symlink_to("nowhere")
+    (at / "in_the_weights_way" / "acgan_gen_best.pth").mkdir(parents=True)
     (at / "of_others").mkdir()
     (at / "of_others" / "config.json").write_text('{"theirs": true}')
 
+    def save(name, network):
+        save_network(at / name, network, [str(digit) for digit in range(10)])
+
     (at / "text.pth").write_text("no weights")
-    save_network(at / "dist.pth", Discriminator(img_size=16))
-    save_network(at / "judge.pth", load_judge(None))
-    save_network(at / "wide.pth", Generator(img_size=64))
+    save("dist.pth", Discriminator(img_size=16))
+    save("judge.pth", load_judge(None))
+    save("wide.pth", Generator(img_size=64))
     network = Generator(img_size=16)
-    save_network(at / "good.pth", network)
+    save("good.pth", network)
     whole = bytearray((at / "good.pth").read_bytes())
     (at / "truncated.pth").write_bytes(whole[:-1000])
     whole[len(whole) // 2] ^= 1
@@ -222,12 +227,12 @@ def mess(tmp_path_factory):
     (at / "code.pth").write_bytes(pickle.dumps(RunsCode(), 2))
     torch.save({"network": "Generator", "config": RunsCode()}, at / "code_in_zip.pth")
     network.config |= {"latent_dim": 50}
-    save_network(at / "other_shape.pth", network)
+    save("other_shape.pth", network)
     network.config |= {"latent_dim": 100, "conditioning": "add"}
-    save_network(at / "other_maths.pth", network)
+    save("other_maths.pth", network)
     network.config["conditioning"] = "multiply"
     torch.nn.init.constant_(network.label_emb.weight, float("nan"))
-    save_network(at / "nan.pth", network)
+    save("nan.pth", network)
     (at / "weights_as_run").mkdir()
     shutil.copy(at / "good.pth", at / "weights_as_run" / "checkpoint.pt")
     return at

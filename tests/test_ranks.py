@@ -11,23 +11,23 @@ from conftest import assert_same_run, read_rows
 
 from data import LabelledImages
 from data.batches import Batches
-from training.checkpoint import read_checkpoint
+from run.checkpoint import read_checkpoint
 from utils import BadInput
 
 DIGITS, BATCH, STEPS = 205, 8, 20  # 13 batches an epoch for each of two ranks, the last of 7 and of 6
-FLAGS = ["--seed", 3, "--batch_size", BATCH, "--img_size", 16, "--latent_dim", 8, "--log_interval", 1,
+FLAGS = ["--seed", 3, "--batch_size", BATCH, "--img_size", 16, "--latent_dim", 4, "--log_interval", 1,
          "--sample_interval", 7]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def start_two(start):
-    """start_two(out_dir, *flags, **variables): torchrun with two ranks; tests/small.py names the variables."""
+    """start_two(out_dir, *flags, **variables): two ranks; tests/small.py names the variables."""
 
-    def start_two(out_dir, *flags, torchrun=(), steps=STEPS, **env):
+    def start_two(out_dir, *flags, restarts=0, steps=STEPS, **kwargs):
         (out_dir / "notes").mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *torchrun]
-        flags = [*FLAGS, "--out_dir", out_dir, "--max_steps", steps, *flags]
-        return start(*flags, digits=DIGITS, command=command, env={"NOTES": str(out_dir / "notes")} | env)
+        env = {"NOTES": str(out_dir / "notes")} | {name: kwargs.pop(name) for name in list(kwargs) if name.isupper()}
+        env |= {} if "command" in kwargs else {"RANKS": f"2 {restarts}"}
+        return start(*FLAGS, "--out_dir", out_dir, "--max_steps", steps, *flags, digits=DIGITS, env=env, **kwargs)
 
     return start_two
 
@@ -41,8 +41,10 @@ def read_notes(out_dir):
 
 @pytest.fixture(scope="module")
 def straight(start_two, tmp_path_factory):
+    """A run of STEPS batches, with torchrun itself."""
     out_dir = tmp_path_factory.mktemp("straight")
-    process = start_two(out_dir)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = start_two(out_dir, command=torchrun)
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert len(out.splitlines()) == 2 and "13" in out  # one rank talks: a line an epoch
@@ -56,14 +58,6 @@ def test_parameters_are_equal_after_every_batch_though_images_and_noise_differ(s
     assert not {batch["z"] for batch in first} & {batch["z"] for batch in second}  # each its own noise
     hashes = [batch["parameters"] for batch in first]
     assert hashes == [batch["parameters"] for batch in second] and len(set(hashes)) == STEPS
-
-
-def test_penalised_and_pretrained_runs_keep_the_parameters_equal_too(start_two, tmp_path):
-    process = start_two(tmp_path, "--recipe", "best", "--pretrain_class_head", 1, steps=6)
-    _, err = process.communicate()
-    assert process.returncode == 0 and err.count("Pretrained D's class head") == 1, err
-    first, second = ([note["parameters"] for note in notes] for notes in read_notes(tmp_path))
-    assert len(first) == 6 and first == second
 
 
 def test_shares_are_disjoint_and_cover_the_epoch(straight):
@@ -96,21 +90,16 @@ def test_too_few_images_for_the_ranks_are_refused():
         Batches(LabelledImages(torch.zeros(3, 1), torch.zeros(3), ["a", "b"]), 8, "cpu", ranks).check(32)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_lost_rank_loses_nothing_and_a_restart_by_torchrun_resumes(straight, start_two, tmp_path, rank):
-    restarts = ["--max_restarts", "1"] if rank == 0 else []
-    process = start_two(tmp_path, "--checkpoint_interval", 3, torchrun=restarts, KILL_AT=f"{rank} 8")
+def test_lost_ranks_lose_nothing_as_torchrun_restarts_the_run(straight, start_two, tmp_path):
+    process = start_two(tmp_path, "--checkpoint_interval", 3, restarts=2, KILL_AT="0 8, 1 5")
     _, err = process.communicate()
-    if not restarts:
-        assert process.returncode != 0 and read_checkpoint(tmp_path)["step"] == 6
-        process = start_two(tmp_path, "--resume")
-        _, err = process.communicate()
-    assert process.returncode == 0 and "Resuming after batch 6 of 20." in err, err
+    assert process.returncode == 0 and err.count("Resuming after batch") == 2, err
+    assert "Resuming after batch 6 of 20." in err and "Resuming after batch 9 of 20." in err
     assert_same_run(tmp_path, straight)
 
 
-def test_term_stops_both_after_the_same_batch(start_two, tmp_path):
-    process = start_two(tmp_path, steps=10_000)
+def test_term_stops_both_after_the_same_batch_and_penalised_parameters_are_equal_too(start_two, tmp_path):
+    process = start_two(tmp_path, "--recipe", "best", "--pretrain_class_head", 1, steps=10_000)
     while not (tmp_path / "metrics.jsonl").exists() or (tmp_path / "metrics.jsonl").read_bytes().count(b"\n") < 20:
         assert process.poll() is None, process.communicate()
         signal.sigtimedwait([], 0.02)
@@ -118,17 +107,23 @@ def test_term_stops_both_after_the_same_batch(start_two, tmp_path):
     _, err = process.communicate()
     rows = read_rows(tmp_path)
     assert "Compile" not in err  # a run so long would be compiled on one rank
+    assert err.count("Pretrained D's class head") == 1 and "torchrun --nproc_per_node=2 " in err, err
     assert read_checkpoint(tmp_path)["step"] == len(rows) == rows[-1]["step"] + 1
-    first, second = read_notes(tmp_path)
-    assert len(first) == len(second) == len(rows)
+    first, second = ([note["parameters"] for note in notes] for notes in read_notes(tmp_path))
+    assert len(first) == len(rows) and first == second and "d_penalty" in rows[4]
 
 
-def test_divergence_on_the_second_rank_is_no_traceback(start_two, tmp_path):
-    process = start_two(tmp_path, SPOIL_AT="1 2")
+def test_divergence_on_the_second_rank_is_no_traceback_and_the_run_can_be_continued(straight, start_two, tmp_path):
+    process = start_two(tmp_path, "--checkpoint_interval", 3, SPOIL_AT="1 8")
     _, err = process.communicate()
-    assert process.returncode != 0
-    assert "acgan.py: error: rank 1: the loss is no longer finite at step 2; there is no checkpoint yet" in err
-    assert 'acgan.py", line' not in err and not (tmp_path / "acgan_gen.pth").exists()
+    assert process.returncode != 0 and not (tmp_path / "acgan_gen.pth").exists()
+    last = f"the last good checkpoint is {tmp_path / 'checkpoint.pt'}, after batch 6"
+    assert f"acgan.py: error: rank 1: the loss is no longer finite at step 8; {last}" in err
+    assert 'acgan.py", line' not in err
+    process = start_two(tmp_path, "--resume")
+    _, err = process.communicate()
+    assert process.returncode == 0 and "Resuming after batch 6 of 20." in err, err
+    assert_same_run(tmp_path, straight)
 
 
 def test_checkpoint_of_two_ranks_is_not_for_one(straight, train):

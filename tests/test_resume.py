@@ -2,22 +2,23 @@
 
 import os
 import pickle
-import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, assert_same_run, errors, files, read_board, read_rows
 
 import acgan
-from training.checkpoint import NEWEST, PREVIOUS, read_checkpoint
+from run.checkpoint import NEWEST, PREVIOUS, random_state, read_checkpoint, restore_random_state
 
-SMALL = ["--seed", 4, "--batch_size", 24, "--img_size", 16, "--log_interval", 1, "--sample_interval", 4]
-STEPS, HALF = 30, 16  # three batches an epoch, the last of 12; HALF ends within the sixth epoch
+SMALL = ["--seed", 4, "--batch_size", 24, "--img_size", 16, "--latent_dim", 4, "--log_interval", 1,
+         "--sample_interval", 4]  # fmt: skip
+STEPS, HALF = 19, 10  # three batches an epoch, the last of 12; HALF ends within the fourth epoch
 
 
 @pytest.fixture(scope="module")
@@ -45,19 +46,37 @@ def points(board, tag):
     return [(event.step, event.value) for event in board.Scalars(tag)]
 
 
+def in_batch(number, act, monkeypatch):
+    """Call `act(metrics, *inputs)` after the update of the batch at hand once `number` updates were done before.
+
+    What it returns, if anything, are the batch's metrics.
+    """
+    train_step, done = acgan.train_step, []
+
+    def watched(*inputs):
+        metrics = train_step(*inputs)
+        done.append(1)
+        return metrics if len(done) != number + 1 else act(metrics, *inputs) or metrics
+
+    monkeypatch.setattr(acgan, "train_step", watched)
+
+
 @pytest.mark.parametrize("how", ["max_steps", signal.SIGTERM, signal.SIGKILL])
-def test_stopped_and_resumed_equals_straight(straight, start, train, copy, tmp_path, how):
+def test_stopped_and_resumed_equals_straight(straight, start, train, copy, tmp_path, monkeypatch, how):
     out_dir = copy
-    if how != "max_steps":
+    flags = [*SMALL, "--max_steps", STEPS, "--checkpoint_interval", 7, "--out_dir", tmp_path / "stopped"]
+    if how == signal.SIGTERM:
         out_dir = tmp_path / "stopped"
-        flags = [*SMALL, "--max_steps", STEPS, "--checkpoint_interval", 7, "--out_dir", out_dir]
+        with monkeypatch.context() as patch:
+            in_batch(HALF, lambda *args: os.kill(os.getpid(), how), patch)
+            assert train(*flags).status == 143
+    elif how == signal.SIGKILL:
+        out_dir = tmp_path / "stopped"
         process = start(*flags, pause_at=HALF)
-        process.send_signal(how)
-        process.send_signal(signal.SIGCONT)
-        _, err = process.communicate()
-        assert process.returncode == (143 if how == signal.SIGTERM else -9), err
+        process.kill()
+        assert process.wait() == -9
     step = read_checkpoint(out_dir)["step"]
-    assert step == {"max_steps": HALF, signal.SIGTERM: HALF + 1, signal.SIGKILL: 14}[how]
+    assert step == {"max_steps": HALF, signal.SIGTERM: HALF + 1, signal.SIGKILL: 7}[how]
     result = train("--resume", out_dir, "--max_steps", STEPS)
     assert result.status == 0 and f"Resuming after batch {step} of {STEPS}." in result.err, result.err
     assert_same_run(out_dir, straight)
@@ -72,11 +91,11 @@ def test_stopped_and_resumed_equals_straight(straight, start, train, copy, tmp_p
 
 
 def test_end_of_the_run_can_be_moved_and_an_end_reached_is_said(copy, train):
-    line = errors(train("--resume", copy, "--n_epochs", 5))
-    assert "16 batches are done: raise --n_epochs or --max_steps" in line
-    assert train("--resume", copy, "--n_epochs", 7, "--log_interval", 2).status == 0
-    assert read_checkpoint(copy)["step"] == 21
-    assert [row["step"] for row in read_rows(copy)] == [*range(16), 16, 18, 20]
+    line = errors(train("--resume", copy, "--n_epochs", 3))
+    assert f"{HALF} batches are done: raise --n_epochs or --max_steps" in line
+    assert train("--resume", copy, "--n_epochs", 5, "--log_interval", 2).status == 0
+    assert read_checkpoint(copy)["step"] == 15
+    assert [row["step"] for row in read_rows(copy)] == [*range(HALF), 10, 12, 14]
 
 
 def test_another_interval_of_grids_is_allowed_and_said_to_change_the_draws(copy, train):
@@ -101,8 +120,30 @@ def test_flags_that_change_the_mathematics_are_refused_with_a_list(copy, train):
 def test_new_run_does_not_drop_an_unfinished_one(copy, train):
     packed = torch.load(copy / NEWEST, weights_only=True)
     torch.save(packed | {"finished": False}, copy / NEWEST)
-    line = fails(train, copy, *SMALL, "--out_dir", copy)
-    assert "unfinished run (batches done: 16)" in line and "add --resume to continue" in line
+    line = fails(train, copy, *SMALL, "--max_steps", 1, "--out_dir", copy)
+    assert f"unfinished run (batches done: {HALF}): add --resume to continue, or name another folder" in line
+
+
+def test_checkpoint_of_an_older_version_is_refused_with_what_to_do(copy, train):
+    packed = torch.load(copy / NEWEST, weights_only=True)
+    del packed["plan"]
+    (copy / PREVIOUS).unlink()
+    older = "is from an older version of this script: continue it with that version"
+    new_run = [*SMALL, "--max_steps", 1, "--out_dir", copy]
+    torch.save(packed | {"format": "acgan checkpoint 2", "finished": False}, copy / NEWEST)
+    assert f"{older}, or begin a new run in another folder" in fails(train, copy, "--resume", copy)
+    line = fails(train, copy, *new_run)
+    assert f"unfinished run (batches done: {HALF}): it {older}, or name another folder" in line
+    torch.save({"format": "acgan checkpoint 1", "steps": 3, "finished": False, "parts": {}}, copy / NEWEST)
+    assert older in fails(train, copy, "--resume", copy)
+    assert f"it {older}, or name another folder" in fails(train, copy, *new_run)
+
+    torch.save(packed | {"format": "acgan checkpoint 2", "finished": True}, copy / NEWEST)
+    assert older in fails(train, copy, "--resume", copy)
+    result = train(*new_run)
+    assert result.status == 0 and "The earlier run's files were moved to" in result.err
+    (moved,) = (copy / "logs").glob(f"*/{NEWEST}")
+    assert torch.load(moved, weights_only=True)["format"] == "acgan checkpoint 2"
 
 
 def test_moved_run_resumes_with_its_judge_and_current_folder(copy, straight, train, tmp_path, monkeypatch):
@@ -112,23 +153,22 @@ def test_moved_run_resumes_with_its_judge_and_current_folder(copy, straight, tra
     assert_same_run(moved, straight)
 
 
-def test_run_resumes_from_a_checkout_that_was_moved(start, tmp_path):
+def test_run_resumes_in_another_checkout(train, tmp_path):
     """With the default judge, whose place is the checkout's."""
-    folders = ["data", "evaluation", "training", "tests", "weights"]
-    parts = [path.name for path in ROOT.glob("*.py")] + folders
-    for part in parts:
-        copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
-        (tmp_path / "here").mkdir(exist_ok=True)
-        copy(ROOT / part, tmp_path / "here" / part)
-    flags = ["--seed", 4, "--batch_size", 60, "--eval_interval", 1, "--device", "cpu"]
-    for place, more in [("here", ["--n_epochs", 1]), ("there", ["--n_epochs", 2, "--resume"])]:
-        script = [sys.executable, "tests/small.py", *(flags if place == "here" else flags[-4:]), *more]
-        env = os.environ | {"DIGITS": "60"}
-        result = subprocess.run([str(w) for w in script], cwd=tmp_path / place, env=env, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        (tmp_path / "here").rename(tmp_path / "there") if place == "here" else None
+    flags = ["--seed", 4, "--batch_size", 30, "--latent_dim", 4, "--eval_interval", 1, "--max_steps", 1]
+    assert train(*flags, "--out_dir", tmp_path).status == 0
+    for path in [*ROOT.glob("*.py"), ROOT / "tests" / "small.py", ROOT / "weights" / "judge.pth"]:
+        there = tmp_path / path.relative_to(ROOT)
+        there.parent.mkdir(exist_ok=True)
+        shutil.copy(path, there)
+    for name in ("data", "evaluation", "fast", "run"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    command = [sys.executable, "tests/small.py", "--resume", "--n_epochs", "1", "--device", "cpu"]
+    env = os.environ | {"DIGITS": "60"}
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
     assert "Resuming after batch 1 of 2." in result.stderr and "After batch 2: agreement" in result.stderr
-    assert [row["step"] for row in read_rows(tmp_path / "there") if "intra_fid" in row] == [0, 1]
+    assert [row["step"] for row in read_rows(tmp_path) if "intra_fid" in row] == [1]
 
 
 class RunsCode:
@@ -145,7 +185,7 @@ def test_files_that_are_no_checkpoint_get_one_line_and_run_nothing(copy, train):
     whole = newest.read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
-    torch.save({"format": "acgan checkpoint 2", "code": RunsCode(str(marker))}, copy.parent / "malicious.pt")
+    torch.save({"format": "acgan checkpoint 3", "code": RunsCode(str(marker))}, copy.parent / "malicious.pt")
     contents = {
         "empty": b"",
         "text": b"not a checkpoint",
@@ -155,15 +195,14 @@ def test_files_that_are_no_checkpoint_get_one_line_and_run_nothing(copy, train):
         "malicious": (copy.parent / "malicious.pt").read_bytes(),
         "malicious pickle": pickle.dumps(RunsCode(str(marker))),
     }
+    new_run = [*SMALL, "--max_steps", 1, "--out_dir", copy]  # which keeps it
     for kind, content in contents.items():
         newest.write_bytes(content)
         assert "is corrupt, or is not a checkpoint" in fails(train, copy, "--resume", copy), kind
-        assert "unfinished run" in fails(train, copy, *SMALL, "--out_dir", copy), kind  # a new run keeps it
+        assert "unfinished run" in fails(train, copy, *new_run), kind
     assert not marker.exists()
     torch.save(torch.zeros(3), newest)
     assert "is corrupt, or is not a checkpoint" in fails(train, copy, "--resume", copy)
-    torch.save({"format": "acgan checkpoint 1", "steps": 3}, newest)
-    assert "is from an older version of this script" in fails(train, copy, "--resume", copy)
 
 
 def moments(packed):
@@ -173,23 +212,24 @@ def moments(packed):
 CRAFTED = {
     "another shape": lambda packed: packed["options"].update(latent_dim=50),
     "moments of another size": lambda packed: moments(packed)[0].update(exp_avg=torch.zeros(3)),
+    "Adam's steps in two ways": lambda packed: moments(packed)[1].update(step=torch.zeros(2)),
     "no moments": lambda packed: moments(packed).clear(),
-    "a step that is no number": lambda packed: moments(packed)[1].update(step=torch.tensor(float("nan"))),
     "position beyond NumPy's numbers": lambda packed: packed["random"]["numpy"]["rest"].__setitem__(1, 2**31 - 1),
-    "NumPy's numbers all zero": lambda packed: packed["random"]["numpy"]["keys"].zero_(),
+    "NumPy's numbers too few": lambda packed: packed["random"]["numpy"].update(keys=torch.ones(3)),
+    "threads in two ways": lambda packed: packed["random"].update(threads=torch.tensor([1, 2])),
     "position beyond the epoch": lambda packed: packed["parts"]["batches"].update(position=7),
-    "another position": lambda packed: packed["parts"]["batches"].update(position=2),
     "negative steps": lambda packed: packed.update(step=-3),
-    "no seed": lambda packed: packed["options"].update(seed=None),
     "an option of another kind": lambda packed: packed["options"].update(lr="fast"),
     "an option out of its range": lambda packed: packed["options"].update(b1=7.0),
+    "an option that is a tensor": lambda packed: packed["options"].update(batch_size=torch.tensor([1, 2])),
     "options that are none": lambda packed: packed.update(options=[1, 2]),
-    "an option that is a tensor": lambda packed: packed["options"].update(world_size=torch.tensor([1, 2])),
-    "a schedule without a length": lambda packed: packed["options"].update(lr_schedule="linear", schedule_steps=0),
     "no latent_dim": lambda packed: packed["options"].update(latent_dim=None),
-    "finished in two ways": lambda packed: packed.update(finished=torch.tensor([1, 2])),
-    "threads in two ways": lambda packed: packed["random"].update(threads=torch.tensor([1, 2])),
-}
+    "no seed": lambda packed: packed["plan"].update(seed=None),
+    "a plan that lacks something": lambda packed: packed["plan"].pop("total_steps"),
+    "a plan that is a tensor": lambda packed: packed["plan"].update(world_size=torch.tensor([1, 2])),
+    "a schedule without a length": lambda packed: (packed["options"].update(lr_schedule="linear"),
+                                                   packed["plan"].update(schedule_steps=0)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("harm", CRAFTED)
@@ -198,8 +238,18 @@ def test_checkpoint_that_contradicts_itself_is_refused(harm, copy, train):
     CRAFTED[harm](packed)
     torch.save(packed, copy / NEWEST)
     (copy / PREVIOUS).unlink()
-    line = fails(train, copy, "--resume", copy, "--max_steps", STEPS)
-    assert re.search("does not fit its options|is corrupt, (or|as)|argument --(lr|b1): '", line)
+    fails(train, copy, "--resume", copy, "--max_steps", STEPS)
+
+
+def test_numpys_numbers_all_zero_are_refused_as_no_draw_from_them_ends():
+    device = torch.device("cpu")
+    state = random_state(device)
+    state["numpy"]["keys"].zero_()
+    try:
+        with pytest.raises(ValueError, match="NumPy"):
+            restore_random_state(state, device)
+    finally:
+        np.random.seed(0)
 
 
 def test_previous_checkpoint_replaces_a_corrupt_newest(straight, copy, train):
@@ -228,11 +278,12 @@ def test_moments_that_lie_otherwise_in_memory_than_their_parameters_do_no_harm(s
 def test_moments_that_share_their_memory_are_given_their_own(copy, train, tmp_path):
     packed = torch.load(copy / NEWEST, weights_only=True)
     shape = moments(packed)[0]["exp_avg"].shape
+    copy.rename(tmp_path / "half")
     for name, zeros in (("shared", torch.zeros(1, 1).expand(shape)), ("own", torch.zeros(shape))):
-        shutil.copytree(copy, tmp_path / name)
+        shutil.copytree(tmp_path / "half", tmp_path / name)
         moments(packed)[0]["exp_avg"] = zeros
         torch.save(packed, tmp_path / name / NEWEST)
-        assert train("--resume", tmp_path / name, "--max_steps", STEPS).status == 0
+        assert train("--resume", tmp_path / name, "--max_steps", HALF + 2).status == 0
     assert_same_run(tmp_path / "shared", tmp_path / "own")
 
 
@@ -255,61 +306,53 @@ def test_rows_that_were_cut_or_are_no_rows_do_no_harm(copy, straight, train):
 
 
 def test_divergence_keeps_the_last_good_checkpoint(copy, train, monkeypatch):
-    good, train_step, calls = (copy / NEWEST).read_bytes(), acgan.train_step, []
-
-    def diverging(*args):
-        calls.append(1)
-        metrics = train_step(*args)
-        return metrics | {"g_loss": metrics["g_loss"] * float("nan")} if len(calls) == 5 else metrics
-
-    monkeypatch.setattr(acgan, "train_step", diverging)
+    good = (copy / NEWEST).read_bytes()
+    in_batch(2, lambda metrics, *inputs: metrics | {"g_loss": metrics["g_loss"] * float("nan")}, monkeypatch)
     result = train("--resume", copy, "--max_steps", STEPS)
-    last = f"the last good checkpoint is {copy / NEWEST}, after batch 16"
-    assert result.status == 1 and f"the loss is no longer finite at step 20; {last}\n" in result.err
-    assert (copy / NEWEST).read_bytes() == good and read_rows(copy)[-1]["step"] == 19
+    last = f"the last good checkpoint is {copy / NEWEST}, after batch {HALF}"
+    assert result.status == 1 and f"the loss is no longer finite at step {HALF + 2}; {last}\n" in result.err
+    assert (copy / NEWEST).read_bytes() == good and read_rows(copy)[-1]["step"] == HALF + 1
 
 
 def test_networks_that_are_not_finite_are_not_saved(copy, train, monkeypatch):
-    train_step, weights = acgan.train_step, (copy / "acgan_gen.pth").read_bytes()
+    weights = (copy / "acgan_gen.pth").read_bytes()
 
-    def spoiling(generator, *args):
-        metrics = train_step(generator, *args)
+    def spoil(metrics, generator, *inputs):
         generator.l1[0].bias.data[3] = float("inf")
-        return metrics
 
-    monkeypatch.setattr(acgan, "train_step", spoiling)
-    result = train("--resume", copy, "--max_steps", 17)
-    assert result.status == 1 and "the networks are no longer finite after batch 17; the last good" in result.err
-    assert read_checkpoint(copy)["step"] == 16 and (copy / "acgan_gen.pth").read_bytes() == weights
-
-
-def small_files():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))  # of 9 MB that a checkpoint takes
+    in_batch(0, spoil, monkeypatch)
+    result = train("--resume", copy, "--max_steps", HALF + 1)
+    words = f"the networks are no longer finite after batch {HALF + 1}; the last good"
+    assert result.status == 1 and words in result.err
+    assert read_checkpoint(copy)["step"] == HALF and (copy / "acgan_gen.pth").read_bytes() == weights
 
 
-def test_disk_that_cannot_take_a_checkpoint_keeps_the_earlier_one(copy, start, train):
-    before = (copy / NEWEST).read_bytes()
-    flags = ["--resume", copy, "--max_steps", 25, "--checkpoint_interval", 4]
-    process = start(*flags, preexec_fn=small_files)
-    _, err = process.communicate()
-    assert process.returncode == 2 and "Traceback" not in err
-    lines = [line.rpartition(":")[0] for line in err.splitlines() if line.startswith("Warning")]
-    assert lines == [f"Warning: no checkpoint after batch {n} (File too large)" for n in (20, 24)]
-    assert "acgan.py: error: cannot write" in err.splitlines()[-1]
+def test_disk_that_cannot_take_a_checkpoint_keeps_the_earlier_one(copy, straight, train):
+    before, (soft, hard) = (copy / NEWEST).read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, hard))  # of 5 MB that a checkpoint takes
+    try:
+        result = train("--resume", copy, "--max_steps", STEPS - 1, "--checkpoint_interval", 4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert result.status == 2 and "acgan.py: error: cannot write" in result.err.splitlines()[-1]
+    lines = [line.rpartition(":")[0] for line in result.err.splitlines() if line.startswith("Warning")]
+    assert lines == [f"Warning: no checkpoint after batch {n} (File too large)" for n in (12, 16)]
     assert (copy / NEWEST).read_bytes() == before and not list(copy.rglob("*.part"))
-    assert len(read_rows(copy)) == 25  # training reached its end, and its small files were written
+    assert len(read_rows(copy)) == STEPS - 1  # training reached its end, and its small files were written
     assert train("--resume", copy, "--max_steps", STEPS).status == 0
+    assert_same_run(copy, straight)
 
 
-def test_lost_folder_and_unwritable_grids_do_not_end_training(start, tmp_path):
+def test_lost_folder_and_unwritable_grids_do_not_end_training(train, tmp_path, monkeypatch):
     out_dir = tmp_path / "run"
-    flags = ["--max_steps", STEPS, "--checkpoint_interval", 20, "--out_dir", out_dir]
-    process = start(*SMALL, *flags, pause_at=5)  # it would write while its folder is being removed
-    shutil.rmtree(out_dir)
-    out_dir.mkdir()
-    (out_dir / "images").touch()  # a file where the grids' folder was
-    process.send_signal(signal.SIGCONT)
-    _, err = process.communicate()
-    assert process.returncode == 0, err
-    assert err.count("Warning: cannot write sample grids") == 1 and "Traceback" not in err
+
+    def lose(*args):
+        shutil.rmtree(out_dir)
+        out_dir.mkdir()
+        (out_dir / "images").touch()  # a file where the grids' folder was
+
+    in_batch(5, lose, monkeypatch)
+    result = train(*SMALL, "--max_steps", STEPS, "--checkpoint_interval", 13, "--out_dir", out_dir)
+    assert result.status == 0, result.err
+    assert result.err.count("Warning: cannot write sample grids") == 1 and "Traceback" not in result.err
     assert read_checkpoint(out_dir)["step"] == STEPS

@@ -1,28 +1,36 @@
 """Small real runs: what they print, what they write, and how they stop."""
 
+import contextlib
+import importlib.util
+import io
 import json
 import math
 import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
+import small
 import torch
-from conftest import ROOT, files, on_terminal, read_board, read_rows
+from conftest import ROOT, call, errors, files, on_terminal, read_board, read_rows
 from PIL import Image
 from torchvision.utils import make_grid
 
 import acgan
-from models import load_network
-from training.record import RunRecord
+import generate
+from run.plan import Plan
+from run.record import Record
+from run.weights import load_network
 from utils import Stopped, StopRequest
 
-SMALL = ["--batch_size", 24, "--img_size", 16]
+SMALL = ["--batch_size", 24, "--img_size", 16, "--latent_dim", 4]
+WEIGHTS = ("acgan_gen.pth", "acgan_dist.pth", "acgan_gen_ema.pth")
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +41,13 @@ def epochs_run(train, tmp_path_factory):
     result = train("--seed", 5, *flags, "--out_dir", out_dir)
     assert result.status == 0, result.err
     return out_dir, result
+
+
+def words_after_python(command: str, script: str) -> list[str]:
+    """The flags of a command that this Python is told to run `script` with."""
+    python, path, *flags = shlex.split(command)
+    assert python == sys.executable and Path(path).resolve() == ROOT / script
+    return flags
 
 
 def test_piped_run_prints_a_line_an_epoch_and_says_what_it_does(epochs_run):
@@ -46,13 +61,15 @@ def test_piped_run_prints_a_line_an_epoch_and_says_what_it_does(epochs_run):
         f"Done: acgan_gen.pth, acgan_dist.pth, acgan_gen_ema.pth and images/film.gif are in {out_dir}",
     ]
     assert last.startswith("To draw with them: ") and last.endswith(f"generate.py --weights {out_dir}")
-    command = [*shlex.split(last.removeprefix("To draw with them: ")), "3", "--out", out_dir / "three.png"]
-    assert subprocess.run(command).returncode == 0 and (out_dir / "three.png").exists()
+    flags = words_after_python(last.removeprefix("To draw with them: "), "generate.py")
+    assert call(generate.main, *flags, "3", "--out", out_dir / "three.png").status == 0
+    assert (out_dir / "three.png").exists()
 
 
-def test_bar_of_80_columns_shows_all_figures_and_time_left(tmp_path):
+def test_bar_of_80_columns_shows_all_figures_and_time_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(acgan, "load_dataset", small.few(60))
     flags = ["--device", "cpu", "--seed", 0, *SMALL, "--max_steps", 7, "--out_dir", tmp_path]
-    shown = on_terminal(ROOT / "tests" / "small.py", *flags, DIGITS="60")
+    shown = on_terminal(acgan.main, *flags)
     assert shown.status == 0
     lines = [line for line in shown.lines if line.startswith("Epoch")]
     assert max(len(line) for line in lines) <= 80
@@ -88,14 +105,55 @@ def test_tensorboard_has_the_tutorials_tags_and_every_metric(epochs_run):
         assert [event.step for event in board.Scalars(tag)] == [1, 2]
     assert [event.step for event in board.Images("real_image")] == [1, 2]
     assert [event.step for event in board.Images("fake_image")] == [0, 3, 6]
-    nodes = " ".join(node.name for node in board.Graph().node)
-    assert "Generator[generator]/" in nodes and "Discriminator[discriminator]/" in nodes
     metrics = rows[0].keys() - {"step", "epoch"}
     assert {tag for tag in board.Tags()["scalars"] if tag.startswith("batch/")} == {f"batch/{key}" for key in metrics}
     for key in metrics:
         points = [(event.step, event.value) for event in board.Scalars(f"batch/{key}")]
         assert points == [(row["step"], pytest.approx(row[key], rel=1e-6)) for row in rows]
     assert b"- batch_size: 24" in board.Tensors("options/text_summary")[0].tensor_proto.string_val[0]
+
+
+def test_tensorboards_graph_shows_both_networks_in_the_articles_layers(epochs_run):
+    names = {node.name for node in read_board(epochs_run[0]).Graph().node}
+    layers = {
+        "Generator[generator]": ["Upsample[1]", "Conv2d[2]", "Upsample[5]", "Conv2d[6]", "Conv2d[9]", "Tanh[10]"],
+        "Discriminator[discriminator]": ["Conv2d[0]", "Conv2d[3]", "Conv2d[7]", "Conv2d[11]"],
+    }
+    for network, shown in layers.items():
+        for layer in shown:
+            assert any(f"/{network}/Sequential[conv_blocks]/{layer}/" in name for name in names), layer
+
+
+def test_graph_that_cannot_be_drawn_is_one_warning(train, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no tracer in this Python\nand more about it")
+
+    monkeypatch.setattr(torch.jit, "trace", fail)
+    result = train("--seed", 5, *SMALL, "--max_steps", 2, "--log_interval", 1, "--out_dir", tmp_path)
+    assert result.status == 0 and result.err.count("Warning") == 1 and "more about it" not in result.err
+    assert "TensorBoard gets no graph of the networks (no tracer in this Python); training continues.\n" in result.err
+    assert len(result.out.splitlines()) == 1, result.out  # the epoch's
+    board = read_board(tmp_path)
+    assert not board.Tags()["graph"] and len(board.Scalars("batch/d_loss")) == 2
+    assert load_network(tmp_path / "acgan_gen.pth")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorflow") is not None, reason="TensorFlow itself is installed")
+@pytest.mark.parametrize("broken", ["tensorflow", "tensorboard"])
+def test_tensorboard_that_cannot_be_imported_is_one_line_and_nothing_is_written(train, tmp_path, monkeypatch, broken):
+    (tmp_path / "path" / broken).mkdir(parents=True)
+    if broken == "tensorboard":
+        (tmp_path / "path" / broken / "__init__.py").write_text("raise ImportError('a part of it is missing')")
+    why = {"tensorflow": r"module 'tensorflow' .*", "tensorboard": "a part of it is missing"}[broken]
+    monkeypatch.syspath_prepend(tmp_path / "path")
+    with mock.patch.dict(sys.modules):  # what the import leaves is forgotten
+        for name in list(sys.modules):
+            if name.removeprefix("torch.utils.").startswith(("tensorflow", "tensorboard")):
+                del sys.modules[name]
+        result = train("--seed", 5, *SMALL, "--max_steps", 1, "--out_dir", tmp_path / "run")
+    line = errors(result)
+    assert re.search(rf"TensorBoard cannot be imported \({why}\): pip install --force-reinstall tensorboard, or", line)
+    assert "a folder named tensorflow" in line and not (tmp_path / "run").exists()
 
 
 def test_config_repeats_the_run(epochs_run):
@@ -109,13 +167,12 @@ def test_config_repeats_the_run(epochs_run):
 def test_weights_load_as_data_and_draw_what_the_last_grid_shows(epochs_run):
     out_dir, _ = epochs_run
     packed = torch.load(out_dir / "acgan_gen.pth", weights_only=True)
-    sizes = {"n_classes": 10, "latent_dim": 100, "img_size": 16, "channels": 1}
-    assert packed["config"] == sizes | {"conditioning": "multiply", "bn_eps": 0.8}
+    assert packed["config"] == {"n_classes": 10, "latent_dim": 4, "img_size": 16, "channels": 1}
     np.random.seed(5)  # replay the run's NumPy stream up to the grid at step 6, drawn by the final weights
     for step in range(7):
         batch = (24, 24, 12)[step % 3]
-        np.random.normal(0, 1, (batch, 100)), np.random.randint(0, 10, batch)
-        z = np.random.normal(0, 1, (100, 100)) if step % 3 == 0 else None
+        np.random.normal(0, 1, (batch, 4)), np.random.randint(0, 10, batch)
+        z = np.random.normal(0, 1, (100, 4)) if step % 3 == 0 else None
     imgs = load_network(out_dir / "acgan_gen.pth")(torch.from_numpy(z).float(), torch.arange(100) % 10)
     grid = make_grid(imgs.detach(), nrow=10, normalize=True)[0].numpy() * 255
     shown = np.asarray(Image.open(out_dir / "images" / "6.png"))[..., 0]
@@ -137,31 +194,30 @@ def test_ema_changes_nothing_in_the_run(train, epochs_run, tmp_path):
 
 
 def test_second_run_into_the_folder_leaves_the_first_ones_record_whole(train, tmp_path):
-    """And leaves other people's files alone."""
+    """And leaves other people's files alone; a third one drops the first one's checkpoint alone."""
     names = (
         ".video.part",
         "images/2024-holiday.png",
         "images/007.png",
         "images/1.jpg",
-        "acgan_gen_best.pth/a",
+        "logs/mine/checkpoint.pt",
         ".lock",
     )
     theirs = {name: tmp_path / name for name in names}
-    (tmp_path / "images").mkdir()
-    (tmp_path / "acgan_gen_best.pth").mkdir()
     for path in theirs.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("not ours")
     (tmp_path / ".acgan-123.part").write_text("ours, of a killed run")
     flags = [*SMALL, "--log_interval", 1, "--out_dir", tmp_path]
     assert train("--seed", 1, "--max_steps", 2, "--sample_interval", 1, *flags).status == 0
     assert not (tmp_path / ".acgan-123.part").exists()
     first = json.loads((tmp_path / "config.json").read_text())
-    first_rows, first_weights = read_rows(tmp_path), (tmp_path / "acgan_gen.pth").read_bytes()
+    first_rows, first_weights = read_rows(tmp_path), [(tmp_path / name).read_bytes() for name in WEIGHTS]
     second = train("--max_steps", 3, *flags)
     kept = tmp_path / first["log_dir"]
-    assert f"moved to {kept}" in second.err
+    assert f"moved to {kept}" in second.err and "deleted" not in second.err
     assert json.loads((kept / "config.json").read_text()) == first and read_rows(kept) == first_rows
-    assert (kept / "acgan_gen.pth").read_bytes() == first_weights
+    assert [(kept / name).read_bytes() for name in WEIGHTS] == first_weights
     assert sorted(path.name for path in (kept / "images").glob("*.png")) == ["0.png", "1.png"]
     assert sorted(path.name for path in (tmp_path / "images").glob("[0-9].png")) == ["0.png"]
     assert (kept / "images" / "film.gif").exists() and all(path.read_text() == "not ours" for path in theirs.values())
@@ -169,8 +225,21 @@ def test_second_run_into_the_folder_leaves_the_first_ones_record_whole(train, tm
 
     # without --seed one was drawn and printed: it repeats the run bit by bit
     seed, second_rows = re.search(r"--seed (\d+) repeats this run", second.err)[1], read_rows(tmp_path)
-    assert train("--seed", seed, "--max_steps", 3, *flags).status == 0
-    assert read_rows(tmp_path) == second_rows != first_rows
+    second_kept = tmp_path / json.loads((tmp_path / "config.json").read_text())["log_dir"]
+    unfinished, unreadable = (tmp_path / "logs" / name for name in ("2020-02-02_20-20-20", "2020-02-02_20-20-20_2"))
+    for path in (unfinished, unreadable):  # one was resumed where it had been moved, and stopped
+        path.mkdir()
+    packed = torch.load(kept / "checkpoint.pt", weights_only=True)
+    torch.save(packed | {"finished": False}, unfinished / "checkpoint.pt")
+    (unreadable / "checkpoint.pt").write_text("not a checkpoint")
+    before = files(kept)
+    third = train("--seed", seed, "--max_steps", 3, *flags)
+    assert third.status == 0 and read_rows(tmp_path) == second_rows != first_rows
+    assert "Checkpoints of runs before that one were deleted; their weights, rows and grids stay.\n" in third.err
+    for folder in (tmp_path, second_kept, unfinished, unreadable):
+        assert (folder / "checkpoint.pt").exists()
+    assert files(kept) == {path: content for path, content in before.items() if path.name != "checkpoint.pt"} != before
+    assert all(path.read_text() == "not ours" for path in theirs.values())
 
 
 def test_grids_of_others_under_our_names_are_moved_not_overwritten(train, tmp_path):
@@ -183,21 +252,17 @@ def test_grids_of_others_under_our_names_are_moved_not_overwritten(train, tmp_pa
     (kept,) = (tmp_path / "logs").glob("*/images")
     assert all((kept / name).read_text() == name and theirs[name].read_bytes() != name.encode() for name in theirs)
 
-
-def test_run_without_its_config_is_moved_aside_too(train, tmp_path):
-    flags = ["--seed", 1, *SMALL, "--max_steps", 1, "--out_dir", tmp_path]
-    assert train(*flags).status == 0
+    # a run without its config.json is moved aside too
     (tmp_path / "config.json").unlink()
     weights = (tmp_path / "acgan_gen.pth").read_bytes()
-    assert "moved to" in train(*flags).err
+    assert "moved to" in train("--seed", 1, *SMALL, "--max_steps", 1, "--out_dir", tmp_path).err
     assert [path.read_bytes() for path in (tmp_path / "logs").glob("*/acgan_gen.pth")] == [weights]
 
 
 def test_ctrl_c_in_mid_run_keeps_the_running_batch_with_all_files_whole(start, train, tmp_path):
     flags = ["--seed", 0, *SMALL, "--log_interval", 1, "--sample_interval", 1, "--out_dir", tmp_path]
     process = start(*flags, "--max_steps", 50, pause_at=4)
-    result = train(*flags)
-    assert result.status == 2 and "another run writes to" in result.err
+    assert "another run writes to" in errors(train(*flags))
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGCONT)
     out, err = process.communicate()
@@ -205,8 +270,9 @@ def test_ctrl_c_in_mid_run_keeps_the_running_batch_with_all_files_whole(start, t
     (last,) = err.splitlines()[2:]
     said, command = last.split("; to continue: ")
     assert said == "Stopped after batch 5 of 50"
-    assert command.endswith(f"acgan.py --resume {tmp_path} --max_steps 50 --device cpu")
-    assert subprocess.run([*shlex.split(command), "--help"], stdout=subprocess.DEVNULL).returncode == 0
+    flags = words_after_python(command, "acgan.py")
+    assert flags == ["--resume", str(tmp_path), "--max_steps", "50", "--device", "cpu"]
+    assert call(acgan.main, *flags, "--help").status == 0
     assert [row["step"] for row in read_rows(tmp_path)] == list(range(5))
     for step in range(5):
         Image.open(tmp_path / "images" / f"{step}.png").load()
@@ -216,25 +282,29 @@ def test_ctrl_c_in_mid_run_keeps_the_running_batch_with_all_files_whole(start, t
 
 def test_first_signal_waits_for_the_batch_and_a_second_one_does_not(monkeypatch):
     monkeypatch.setattr(StopRequest, "SAME_SIGNAL", 0.05)
-    with pytest.raises(Stopped), StopRequest() as stop:
+    with pytest.raises(Stopped) as stopped, StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # one that torchrun passes on
         assert stop.requested and stop.exit_status == 143
         time.sleep(0.1)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    assert stopped.value.exit_status == 130
+
+
+def test_second_signal_ends_a_run_at_once(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(StopRequest, "SAME_SIGNAL", 0.0)
+
+    def long_batch(*inputs):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
 
-
-def test_second_signal_ends_even_a_computation_that_hears_none(tmp_path):
-    busy = "import hashlib, utils\nwith utils.StopRequest():\n    print('busy', flush=True)\n"
-    busy += "    hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)\nprint('finished')"  # many minutes in one call
-    process = subprocess.Popen([sys.executable, "-c", busy], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout.readline() == b"busy\n"
-    process.send_signal(signal.SIGINT)
-    time.sleep(1.2)  # two signals within a second count as one
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate()
-    assert (process.returncode, out, err) == (130, b"", b"Stopped at once.\n")
+    monkeypatch.setattr(acgan, "train_step", long_batch)
+    result = train("--seed", 0, *SMALL, "--out_dir", tmp_path)
+    assert result.status == 130 and result.err.endswith("Stopped: what the last checkpoint holds is kept.\n")
+    assert "Traceback" not in result.err and not (tmp_path / "acgan_gen.pth").exists()
 
 
 def test_divergence_is_named_and_keeps_no_weights(train, tmp_path):
@@ -246,26 +316,30 @@ def test_divergence_is_named_and_keeps_no_weights(train, tmp_path):
     assert not (tmp_path / "acgan_gen.pth").exists()
 
 
-def test_reader_that_goes_away_does_not_end_training(start, tmp_path):
-    process = start("--seed", 0, *SMALL, "--max_steps", 7, "--out_dir", tmp_path)
-    process.stdout.close()
-    err = process.stderr.read()
-    assert process.wait() == 0 and "Traceback" not in err
-    load_network(tmp_path / "acgan_gen.pth")
+def test_reader_that_goes_away_does_not_end_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(acgan, "load_dataset", small.few(60))
+    reader, writer = os.pipe()
+    os.close(reader)
+    flags = ["--device", "cpu", "--seed", 0, *SMALL, "--max_steps", 7, "--out_dir", tmp_path]
+    with open(writer, "w") as gone, contextlib.redirect_stdout(gone), contextlib.redirect_stderr(io.StringIO()) as err:
+        assert acgan.main([str(flag) for flag in flags]) == 0
+        print("what follows is lost in silence", flush=True)
+    assert "Traceback" not in err.getvalue() and load_network(tmp_path / "acgan_gen.pth")
 
 
 def test_memory_that_does_not_suffice_is_one_line(train, tmp_path):
-    result = train("--seed", 0, "--latent_dim", 2**31 - 1, "--max_steps", 1, "--out_dir", tmp_path / "run")
+    result = train("--seed", 0, *SMALL, "--d_width", 2**31 - 1, "--max_steps", 1, "--out_dir", tmp_path / "run")
     assert result.status == 2 and "acgan.py: error: not enough memory: lower --batch_size" in result.err
     assert not (tmp_path / "run").exists()
 
 
-def test_rows_that_a_full_disk_refuses_are_written_once_there_is_room(tmp_path, monkeypatch):
+def test_rows_that_a_full_disk_refuses_are_written_once_there_is_room(tmp_path):
     opt = acgan.parse_args(["--seed", "0", "--log_interval", "1", "--out_dir", str(tmp_path)])
-    opt.classes, opt.total_steps = ["a", "b"], 10
+    plan = Plan(seed=0, compile="off", threads=1, world_size=1, classes=["a", "b"], n_classes=2, channels=1,
+                n_images=9, labels_crc32=0, total_steps=10, schedule_steps=10)  # fmt: skip
     metrics = dict(d_loss=torch.tensor(1.0), g_loss=torch.tensor(2.0), d_acc=torch.tensor(0.5))
-    with RunRecord(opt, "cpu", 10, 0) as record:
-        list(record.progress(0, []))
+    with contextlib.closing(Record(opt, plan, "cpu", 10, 0)) as record:
+        list(record.progress(0, 0, []))
         (tmp_path / "metrics.jsonl").unlink()
         (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
         record.batch(0, metrics)

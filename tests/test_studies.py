@@ -1,50 +1,69 @@
 """The studies in benchmarks/: they go on after a kill, their intervals are right, and their data is what they say."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import small
 import torch
 from conftest import ROOT
 
+import acgan
 from benchmarks import cells, overlap, quirks
+from benchmarks.missed import most_missed
+from benchmarks.resolution import agreement_by_resolution, blurred
+from data import builtin
+from evaluation.metrics import Judged
 
-# benchmarks.quirks on the first digits, all its cells in one process
 STUDY = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import acgan, small
-from benchmarks import quirks
+import small, test_studies
 small.watch()
-acgan.load_dataset = small.few(64)
-quirks.load_train_and_test = lambda *args: (None, small.few(300)("mnist", None, 32))
-def run_cells(module, cells, *argv, jobs):
-    for cell in cells:
-        quirks.run_cell(*cell, quirks.parse_args(argv))
-quirks.run_cells = run_cells
-quirks.main()
+test_studies.study_here(*sys.argv[1:])
 """
 NETWORK = "--batch_size 8 --latent_dim 4 --compile off --device cpu --checkpoint_interval 2"
 
 
+def study_here(*flags):
+    """Run benchmarks.quirks with `flags` on the first digits, all its cells in this process."""
+
+    def run_cells(module, cells, *argv, jobs):
+        for cell in cells:
+            quirks.run_cell(*cell, quirks.parse_args(argv))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(acgan, "load_dataset", small.few(64))
+        patch.setattr(acgan, "update_ema", acgan.update_ema)  # which a cell replaces
+        patch.setattr(quirks, "load_train_and_test", lambda *args: (None, small.few(300)("mnist", None, 32)))
+        patch.setattr(quirks, "run_cells", run_cells)
+        patch.setattr(sys, "argv", ["quirks.py", *map(str, flags)])
+        quirks.main()
+
+
 def study(folder, **env):
-    """Run two variants with two seeds for 4 batches each; returns the process."""
-    flags = ["--seeds", 2, "--only", "faithful", "--only", "best", "--points", 2, 4, "--scored", 20]
+    """Run two variants with two seeds for 4 batches each; with `env`, in a process of its own."""
+    flags = ["--seeds", 2, "--only", "faithful", "--only", "best", "--points", 2, 4, "--scored", 8]
     flags += [f"--flags={NETWORK}", "--work", folder / "work", "--rows", folder / "rows.jsonl"]
     flags += ["--page", folder / "page.md", "--plot", folder / "plot.png"]
-    command = [sys.executable, "-c", STUDY, *map(str, flags)]
-    return subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
+    if env:
+        command = [sys.executable, "-c", STUDY, *map(str, flags)]
+        return subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err:
+        study_here(*flags)
+    return SimpleNamespace(stderr=err.getvalue())
 
 
 def test_a_killed_study_goes_on_to_the_same_table(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
-    result = study(whole)
-    assert result.returncode == 0, result.stderr
+    study(whole)
     assert study(killed, KILL_AT="0 7").returncode == -9  # in the second cell, after its first two batches
     assert {row["name"] for row in cells.read_rows(killed / "rows.jsonl")} == {"faithful"}
     assert (killed / "work" / "best_4_0" / "ema_2.pth").exists()
@@ -52,7 +71,7 @@ def test_a_killed_study_goes_on_to_the_same_table(tmp_path):
     with open(killed / "rows.jsonl", "a") as file:
         file.write('{"name": "best", "se')  # a row that the kill cut off
     result = study(killed)
-    assert result.returncode == 0 and "Resuming after batch 2 of 4" in result.stderr, result.stderr
+    assert "Resuming after batch 2 of 4" in result.stderr, result.stderr
     assert cells.read_rows(killed / "rows.jsonl") == cells.read_rows(whole / "rows.jsonl")
     assert len(cells.read_rows(whole / "rows.jsonl")) == 2 * 2 * 2
     for page in ("page.md", "page-scores.md"):
@@ -141,3 +160,30 @@ def test_overlap_section_shows_the_shares():
     text = "\n".join(overlap.section(rows))
     half = 12.7062 * (5 * 2**0.5) / 2**0.5  # t of one degree of freedom, times the standard error
     assert f"| faithful | 2 | 30.0 ± {half:.1f} | 70.0 ± {half:.1f} | 50.0 ± 0.0 | 50.0 ± 0.0 |" in text
+
+
+def test_fewer_pixels_lose_what_is_small():
+    flat = torch.full((2, 1, 32, 32), 200, dtype=torch.uint8)
+    assert torch.equal(blurred(flat, 8), flat)
+    stripes = (torch.arange(32) % 2 * 200).to(torch.uint8).expand(1, 1, 32, 32)
+    inner = blurred(stripes, 4)[..., 8:24]
+    assert inner.min() >= 95 and inner.max() <= 105  # finer than what is left, so only their mean remains
+
+
+def test_fewer_pixels_are_read_less_well():
+    train_set = small.digits(builtin.IDX[:2], 0, 4000, img_size=16)[:2]
+    test_set = small.digits(builtin.IDX[2:], 0, 400, img_size=16)[:2]
+    mirrored = test_set[0].flip(3), test_set[1]  # so that most are hard to read
+    shares = agreement_by_resolution(mirrored, train_set, test_set, 10)
+    assert list(shares) == [1, 2, 4, 8]
+    real, mirrored = ([pair[who] for pair in shares.values()] for who in ("real", "generated"))
+    assert min(real[:2]) > 0.85 and real[3] < real[2] - 0.05 < real[1] - 0.1
+    assert all(theirs < ours - 0.1 for ours, theirs in zip(real[:3], mirrored[:3], strict=True))
+
+
+def test_missed_are_the_real_images_farthest_from_any_generated_one():
+    features, labels = torch.tensor([[0.0], [9], [4], [50]]), torch.tensor([0, 0, 0, 1])
+    images = torch.arange(4, dtype=torch.uint8)[:, None, None, None].expand(4, 1, 2, 2)
+    real, fake = Judged(images, labels, features, labels), Judged(None, None, torch.tensor([[1.0], [49], [20]]), None)
+    assert most_missed(real, fake, 0, 2)[:, 0, 0, 0].tolist() == [1, 2]
+    assert most_missed(real, fake, 1, 1)[:, 0, 0, 0].tolist() == [3]

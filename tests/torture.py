@@ -23,7 +23,7 @@ from pathlib import Path
 
 from conftest import ROOT, assert_same_run, differing, read_board, read_rows
 
-from training.checkpoint import NEWEST, PREVIOUS, read_checkpoint
+from run.checkpoint import NEWEST, PREVIOUS, read_checkpoint
 
 os.environ.pop("OMP_NUM_THREADS")  # conftest's; here all cores count
 SMALL = ["--batch_size", "24", "--img_size", "16", "--log_interval", "1", "--sample_interval", "5", "--device", "cpu"]
