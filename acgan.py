@@ -116,7 +116,7 @@ def train(opt: argparse.Namespace, plan: Plan, ranks: Ranks, batches: Batches, s
     """Run the training, or the rest of it after `checkpoint`, up to batch `plan.total_steps`.
 
     Returns the exit status: 0, or 128 + the number of the signal that stopped it. Raises Diverged and LostRank;
-    BadInput if the checkpoint does not fit; OSError if the last checkpoint or the weights cannot be written.
+    BadInput if checkpoint or --init_from do not fit; OSError if the last checkpoint or the weights cannot be written.
     """
     # The random numbers are drawn in the tutorial's order: G, D, what its graphs take, then the initialisation.
     seed_everything(plan.seed)
@@ -157,6 +157,7 @@ def train(opt: argparse.Namespace, plan: Plan, ranks: Ranks, batches: Batches, s
 
     with Run(opt, plan, ranks, batches, parts, scorer, done) as run:
         run.graph(*as_printed, *graph_inputs)
+        del as_printed
         for epoch in run.epochs():
             for indices in run.batches(epoch):
                 metrics = fast_batch(indices, run.step)
@@ -252,21 +253,21 @@ def start(argv: list[str] | None) -> int:
     if before and before["world_size"] != ranks.world_size:
         wanted = before["world_size"]
         raise BadInput(f"argument --resume: the run has {wanted} ranks, not {ranks.world_size}: start as many")
-    check_tensorboard()
     check_out_dir(opt.out_dir)
     if not checkpoint:
         check_finished(opt.out_dir)
+    if not ranks.rank:
+        check_tensorboard()
     try:
         with ranks.rank_0_first():  # it alone downloads
             data = load_dataset(opt.dataset, opt.data_root, opt.img_size, opt.n_cpu, nearest_folder(opt.out_dir))
         batches = Batches(data, opt.batch_size, ranks.device, ranks, by_class=opt.d_deviation == "class")
-        plan = make_plan(opt, data, batches, ranks, before)
-        if checkpoint and checkpoint["step"] >= plan.total_steps:
-            done = f"{checkpoint['step']:,} batches are done"
-            raise BadInput(f"argument --resume: {done}: raise --n_epochs or --max_steps")
+        plan = make_plan(opt, data, batches, ranks, checkpoint)
         scorer = None
         if opt.eval_interval and not ranks.rank:
             scorer = EpochScorer(opt.eval_interval * len(batches), opt.judge, data, ranks.device)
+        if opt.seed is None:
+            announce(f"Seed: {plan.seed}; --seed {plan.seed} repeats this run.")
         announce(choose_device(opt.device)[1])  # with the threads that are set by now
         kind = "grey" if plan.channels == 1 else "colour"
         announce(f"Data: {opt.dataset}, {counted(plan.n_images, f'{kind} image')} of {plan.n_classes} classes.")

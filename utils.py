@@ -81,6 +81,11 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text that says something, or else its kind."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def seed_everything(seed: int) -> None:
     """Seed PyTorch (all devices) and NumPy, the two streams that the tutorial draws from."""
     torch.manual_seed(seed)

@@ -44,7 +44,7 @@ def keep_weights(run: Path, checkpoint: dict) -> None:
         return
     part = folder.with_name(folder.name + ".part")
     part.mkdir(parents=True, exist_ok=True)
-    options = checkpoint["options"]
+    options = checkpoint["options"] | checkpoint.get("plan", {})  # older versions keep all in the options
     for key, (file, network, sizes) in NETWORKS.items():
         config = {name: options[name] for name in sizes}
         packed = dict(network=network, config=config, classes=options["classes"], state_dict=checkpoint["parts"][key])

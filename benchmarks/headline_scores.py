@@ -1,7 +1,7 @@
 """What the headline run's stretches and grids are worth: scores of benchmarks/headline.py's RUN, and their page.
 
     python -m benchmarks.headline_scores RUN        # scores what headline.jsonl lacks; a stretch takes a minute
-    python -m benchmarks.headline_scores --report   # only writes the tables of docs/headline.md and the picture
+    python -m benchmarks.headline_scores --report   # only prints the tables and draws the picture
 
 G and its EMA are scored after each stretch on 10,000 test digits, as evaluate.py does; the EMA also on training digits,
 by which alone weights are chosen. The run's own grids, images/N.png, are cut into digits, and the judge reads these.

@@ -156,7 +156,8 @@ def run_side(opt, device: torch.device) -> None:
 
     run.loop.Record = TimedRecord
     if opt.without == "fold":
-        acgan.fast.use_fast_layers = lambda G, D: D.to(memory_format=torch.channels_last)
+        layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
+        acgan.fast.use_fast_layers = lambda G, D: D.to(memory_format=layout)
     if opt.without == "share":
         UpsampleConv2d.share = UpsampleConv2d.fold
     if opt.without == "sum_taps":

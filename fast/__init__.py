@@ -17,8 +17,9 @@ def batch(train_batch, update, networks, optimizers, opt, plan, in_memory: bool)
     A CUDA graph needs batches from the device's memory (`in_memory`). From here on freed memory is kept. What the
     function returns may be overwritten by its next call.
     """
-    generator, discriminator = map(InBfloat16, networks) if opt.amp == "bf16" else networks
-    full_generator = compiled(generator, opt.batch_size) if plan.compile == "on" else generator
+    wrap = InBfloat16 if opt.amp == "bf16" else as_it_is
+    generator, discriminator = map(wrap, networks)
+    full_generator = compiled(networks[0], opt.batch_size, wrap) if plan.compile == "on" else generator
     device = next(generator.parameters()).device
     keep_memory(device)
     prepare = getattr(update, "prepare", None)
@@ -30,3 +31,8 @@ def batch(train_batch, update, networks, optimizers, opt, plan, in_memory: bool)
     if device.type == "cuda" and plan.world_size == 1 and in_memory:
         run = CapturedBatches(run, discriminator)
     return lambda indices, step: run(indices, prepare(step, *optimizers) if prepare else None)
+
+
+def as_it_is(network):
+    """Return the network: it computes in float32."""
+    return network

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from utils import BadInput, announce, on_terminal
+from utils import BadInput, announce, first_line, on_terminal
 
 BREAK_EVEN = 1_500  # batches of a run; compiling won its time back after 800 with AVX-512, once after 1,300 without
 
@@ -27,25 +27,21 @@ def choose_compile(opt, device: torch.device, world_size: int, total_steps: int,
     return "on" if possible and pays else "off"
 
 
-def compiled(generator, batch_size: int):
-    """Return G, compiled, and run once on made-up data. If that fails, say so, and return G as it is.
+def compiled(generator, batch_size: int, wrap):
+    """Return wrap(G), G compiled, and run once on made-up data. If that fails, say so, and return wrap(G) as it is.
 
-    G may be wrapped by InBfloat16. D stays as it is: its few multiplications leave a compiler nothing to win.
+    D stays as it is: its few multiplications leave a compiler nothing to win.
     """
     if on_terminal():
         announce("Compiling the generator; this takes about half a minute, longer on a slow machine ...")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns if CUDA has no GPU
     start = time.monotonic()
     try:
-        plain = getattr(generator, "module", generator)
-        fast = CompiledGenerator(plain)
-        if plain is not generator:
-            fast = type(generator)(fast)
-        rehearse(plain, fast, batch_size)
+        fast = wrap(CompiledGenerator(generator))
+        rehearse(generator, fast, batch_size)
     except Exception as error:  # a missing compiler, an unsupported Python, ...: there is a long list
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        announce(f"Compile: off, as it failed here: {reason}")
-        return generator
+        announce(f"Compile: off, as it failed here: {first_line(error)}")
+        return wrap(generator)
     if on_terminal():
         announce(f"Compiled in {time.monotonic() - start:.0f} s.")
     return fast

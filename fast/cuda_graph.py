@@ -4,15 +4,15 @@ from collections import Counter
 
 import torch
 
-from utils import announce
+from utils import announce, first_line
 
 
 class CapturedBatches:
     """Replays the whole batch as one CUDA graph, so that the host only starts it.
 
     There is one graph for each size and kind of batch. Before, a few batches are not captured, but run on a side
-    stream, as PyTorch asks; they train like all others. If capturing fails, one line says so, and what has no graph
-    stays uncaptured. The next batch overwrites the returned metrics.
+    stream, as PyTorch asks; they train like all others. If capturing fails, one line says so, and all stay
+    uncaptured. The next batch overwrites the returned metrics.
     """
 
     WARM_UP = 3  # batches
@@ -33,6 +33,8 @@ class CapturedBatches:
             try:
                 self.capture(key, indices)
             except RuntimeError as error:
+                if "device-side assert" in str(error):  # of an earlier batch
+                    raise
                 self.give_up(error)
             else:
                 return self.replay(key, indices)
@@ -44,15 +46,17 @@ class CapturedBatches:
 
     def capture(self, key, indices) -> None:
         graph, static_indices = torch.cuda.CUDAGraph(), indices.clone()
-        with torch.cuda.graph(graph):  # records, but does not run
+        # the outer block restores the stream even if the end of the capture fails
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):  # records, but does not run
             metrics = self.run(static_indices)
         self.graphs[key] = graph, static_indices, metrics
 
     def give_up(self, error: RuntimeError) -> None:
-        """Say that no more graphs are captured, and undo what a capture that broke off leaves."""
-        first = error.__context__ or error  # the end of the capture fails too, and says less
-        announce(f"CUDA graph: off, as capturing failed: {str(first).splitlines()[0]}")
+        """Say that there are no graphs from now on, and undo what a capture that broke off leaves."""
+        # the end of the capture fails too, and says less than what it follows
+        announce(f"CUDA graph: off, as capturing failed: {first_line(error.__context__ or error)}")
         self.works = False
+        self.graphs.clear()  # they would draw from the random state that is replaced below
         self.discriminator.requires_grad_(True)  # G's update leaves it out for a while
         random = torch.cuda.default_generators[torch.cuda.current_device()]
         random.graphsafe_set_state(random.clone_state())  # before PyTorch 2.13 the old one waits for the capture's end

@@ -110,7 +110,8 @@ def fit_moments(state: dict, optimizer: torch.optim.Optimizer) -> None:
 def read_checkpoint(folder: Path, quiet: bool = False) -> dict:
     """Read the newest checkpoint of a run's folder as data, never as code; if it is corrupt, the previous one.
 
-    Returns what Checkpoints.save wrote, and under "file" the path that was read. Raises BadInput.
+    Returns what Checkpoints.save wrote, and under "file" the path that was read; of an older format only "format",
+    "step", "finished" and "file". Raises BadInput.
     """
     paths = [folder / name for name in (NEWEST, PREVIOUS) if (folder / name).is_file()]
     if not paths:

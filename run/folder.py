@@ -88,22 +88,26 @@ def set_aside_earlier_run(out_dir: Path) -> None:
         (kept / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(out_dir / name, kept / name)
     announce(f"The earlier run's files were moved to {kept}")
-    drop_older_checkpoints(out_dir, kept)
+    drop_older_checkpoints(out_dir)
 
 
-def drop_older_checkpoints(out_dir: Path, newest: Path) -> None:
-    """Delete the checkpoints, 45 MB each, of all earlier runs but the newest, which alone is likely to be extended."""
+def drop_older_checkpoints(out_dir: Path) -> None:
+    """Delete the checkpoints, 45 MB each, of all earlier runs but the newest that has one: it alone may be extended.
+
+    What cannot be read stays, and so does a folder that was a run's own --out_dir since.
+    """
+
+    def is_moved_run(folder: Path) -> bool:
+        return bool(LOG_DIR.fullmatch(folder.name)) and not (folder / "logs").exists() and has_checkpoint(folder)
+
     dropped = False
-    for log_dir in (out_dir / "logs").iterdir():
-        if log_dir == newest or not LOG_DIR.fullmatch(log_dir.name) or not has_checkpoint(log_dir):
-            continue
-        with contextlib.suppress(
-            BadInput
-        ):  # what cannot be read stays, as does what was resumed there and not finished
-            if read_checkpoint(log_dir, quiet=True)["finished"]:
-                for name in (NEWEST, PREVIOUS):
-                    (log_dir / name).unlink(missing_ok=True)
-                dropped = True
+    with contextlib.suppress(OSError):
+        for folder in sorted(filter(is_moved_run, (out_dir / "logs").iterdir()))[:-1]:
+            with contextlib.suppress(BadInput):
+                if read_checkpoint(folder, quiet=True)["finished"]:
+                    for name in (NEWEST, PREVIOUS):
+                        (folder / name).unlink(missing_ok=True)
+                    dropped = True
     if dropped:
         announce("Checkpoints of runs before that one were deleted; their weights, rows and grids stay.")
 

@@ -26,7 +26,7 @@ from run.checkpoint import as_data
 from run.film import write_film
 from run.plan import Plan
 from run.weights import BEST, WEIGHTS, save_network
-from utils import BadInput, Diverged, announce, atomic_write, on_terminal, print_line
+from utils import BadInput, Diverged, announce, atomic_write, first_line, on_terminal, print_line
 
 LOOK_INTERVAL = 0.3  # seconds between two readings of the figures for the bar
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,9 +37,8 @@ def check_tensorboard() -> None:
     try:
         import torch.utils.tensorboard  # noqa: F401
     except Exception as error:  # a broken installation, or a stray folder that is taken for a part of it
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadInput(f"TensorBoard cannot be imported ({why}): pip install --force-reinstall tensorboard, or remove "
-                       "what stands in its way, such as a folder named tensorflow") from error  # fmt: skip
+        mend = "pip install --force-reinstall tensorboard, or remove what is in its way, as a folder named tensorflow"
+        raise BadInput(f"TensorBoard cannot be imported ({first_line(error)}): {mend}") from error
 
 
 class Record:
@@ -73,12 +72,13 @@ class Record:
         self.open_board(step)
         if not step:
             self.to_board("add_text", "classes", ", ".join(plan.classes))  # the columns of the grids
-            self.to_board("add_text", "options", "\n".join(f"- {k}: {v}" for k, v in config["options"].items()))
+            decided = config["options"] | dataclasses.asdict(plan)
+            self.to_board("add_text", "options", "\n".join(f"- {name}: {value}" for name, value in decided.items()))
         self.start, self.first_step = time.monotonic(), step
 
     def open_board(self, step: int) -> None:
         """Open TensorBoard's files; points from batch `step` on that an interrupted run left are dropped."""
-        from torch.utils.tensorboard import SummaryWriter  # here, as its import takes long
+        from torch.utils.tensorboard import SummaryWriter  # here, as its import takes seconds
 
         # the tutorial's curves count epochs: those of epochs that are done stay
         purge_step = max(step, step // self.steps_per_epoch + 1) if step else None
@@ -143,8 +143,7 @@ class Record:
                 warnings.simplefilter("ignore")  # the tracer's, which do not concern this run
                 self.to_board("add_graph", BothNetworks(generator, discriminator), (z, labels, img))
         except Exception as error:  # torch.jit.trace ends with the Pythons that it supports
-            why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            announce(f"Warning: TensorBoard gets no graph of the networks ({why}); training continues.")
+            announce(f"Warning: TensorBoard gets no graph of the networks ({first_line(error)}); training continues.")
 
     def progress(self, epoch: int, step: int, batches):
         """Yield from `batches`, from batch `step` on, with a bar of this epoch, counted from 0, on a terminal."""

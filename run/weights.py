@@ -40,15 +40,15 @@ def load_network(path, device="cpu", networks: dict = NETWORKS) -> nn.Module:
     """
     try:
         packed = load_data(path)
-        classes = [str(name) for name in packed.get("classes", range(packed["config"]["n_classes"]))]
-        if len(classes) != packed["config"]["n_classes"]:
-            raise ValueError("each class needs a name")
         with torch.random.fork_rng(devices=[]):  # the constructor draws weights, which are then replaced
             network = networks[packed["network"]](**packed["config"])
         network.load_state_dict(packed["state_dict"])
         for name, tensor in network.state_dict().items():
             if not torch.isfinite(tensor).all() or (name.endswith("running_var") and tensor.min() < 0):
                 raise ValueError("a number in it is not finite, or a variance is negative")
+        network.classes = [str(name) for name in packed.get("classes", range(network.config["n_classes"]))]
+        if len(network.classes) != network.config["n_classes"]:
+            raise ValueError("each class needs a name")
     except OSError as error:
         raise BadInput(
             f"cannot read {str(path)!r} ({error.strerror or error}): name a weight file or a run's folder"
@@ -56,7 +56,6 @@ def load_network(path, device="cpu", networks: dict = NETWORKS) -> nn.Module:
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
         names = " or ".join(networks)
         raise BadInput(f"{str(path)!r} is corrupt, or is not a {names} of this project: name another file") from error
-    network.classes = classes
     return network.to(device)
 
 

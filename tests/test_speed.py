@@ -152,7 +152,7 @@ def test_compiling_is_chosen_by_the_length_of_the_whole_run_on_one_cpu(train, tm
     assert choice(10**6, device="cuda") == choice(10**6, world_size=2) == choice(10**6, n_images=63) == "off"
     asked = []
     monkeypatch.setattr(fast.compile, "BREAK_EVEN", 5)
-    monkeypatch.setattr(fast, "compiled", lambda generator, batch_size: asked.append(batch_size) or generator)
+    monkeypatch.setattr(fast, "compiled", lambda generator, batch_size, wrap: asked.append(batch_size) or generator)
     flags = [*SMALL, "--out_dir", tmp_path]
     assert train(*flags, "--max_steps", 4).status == 0 and not asked
     assert train("--resume", tmp_path, "--max_steps", 6).status == 0 and not asked  # as before: so it stays exact
