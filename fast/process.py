@@ -37,6 +37,7 @@ def keep_memory(device: torch.device) -> None:
     libc = glibc() if device.type == "cpu" else None
     if not libc:
         return
+    libc.malloc_trim(0)
     libc.mallopt(M_MMAP_MAX, 0)
     libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     libc.mallopt(M_TOP_PAD, 2**28)
@@ -57,4 +58,5 @@ def glibc():
     libc.free.argtypes = [address]
     libc.sbrk.restype, libc.sbrk.argtypes = address, [ctypes.c_ssize_t]
     libc.madvise.argtypes = [address, size, ctypes.c_int]
+    libc.malloc_trim.argtypes = [size]
     return libc
