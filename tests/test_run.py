@@ -46,7 +46,7 @@ def epochs_run(train, tmp_path_factory):
 def words_after_python(command: str, script: str) -> list[str]:
     """The flags of a command that this Python is told to run `script` with."""
     python, path, *flags = shlex.split(command)
-    assert python == sys.executable and Path(path).resolve() == ROOT / script
+    assert Path(python).absolute() == Path(sys.executable) and Path(path).resolve() == ROOT / script
     return flags
 
 
