@@ -22,7 +22,7 @@ from torch import nn
 
 import departures
 import fast
-from data import NAMES, check_data_root, load_dataset
+from data import NAMES, add_bad_images_flag, check_data_root, load_dataset
 from data.batches import Batches
 from data.drawing import draw_graph_inputs, draw_labels, draw_noise, sample_image
 from evaluation.during_training import EpochScorer
@@ -31,7 +31,7 @@ from models import Discriminator, Generator, weights_init_normal
 from run.checkpoint import Checkpoints, check_finished, describe_last, has_checkpoint, read_to_resume, restore
 from run.folder import check_out_dir
 from run.loop import Run
-from run.plan import Plan, make_plan
+from run.plan import Plan, how_to_read, make_plan
 from run.ranks import LostRank, Ranks, was_restarted
 from run.record import check_tensorboard
 from run.resume import CONTINUED, with_saved_options
@@ -194,13 +194,15 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
     add("--latent_dim", type=COUNT, default=100, metavar="N", help="size of the noise z and of the label embedding")
     add("--img_size", type=IMG_SIZE, default=32, metavar="N", help="image side, pixels: a multiple of 4, at least 16")
     add("--n_classes", type=COUNT, metavar="N", help="classes, only as a check (default: those of the data)")
-    add("--channels", type=COUNT, metavar="N", help="image channels, only as a check (default: those of the data)")
-    add = parser.add_argument_group("data").add_argument
+    add("--channels", type=COUNT, metavar="N", help="image channels: 1 or 3 turns a folder's images into grey or "
+        "colour, else only a check (default: those of the data)")
+    add = (group := parser.add_argument_group("data")).add_argument
     add("--dataset", choices=NAMES, default="mnist",
-        help="images to learn; folder reads PNG, JPEG, WebP and BMP from DATA_ROOT/CLASS/, cropped to squares")
+        help="images to learn; folder reads PNG, JPEG, WebP and more from DATA_ROOT/CLASS/, cropped to squares")
     add("--data_root", type=Path, metavar="DIR", help="folder of your classes' folders, or of the files of a set "
         "other than mnist, which is bundled (default: data/downloads beside acgan.py)")
-    add("--n_cpu", type=COUNT, default=8, metavar="N", help="workers, at most one a core, that decode a large folder")
+    add("--n_cpu", type=COUNT, default=8, metavar="N", help="threads, at most one a core, that decode large files")
+    add_bad_images_flag(group)
     group = parser.add_argument_group("speed")
     add = group.add_argument
     add_device_flag(group := group.add_mutually_exclusive_group())
@@ -246,7 +248,7 @@ def start(argv: list[str] | None) -> int:
         checkpoint = read_to_resume(opt.out_dir)
         opt = parse_args(argv, checkpoint["options"] | checkpoint["plan"])
     before = checkpoint["plan"] if checkpoint else None
-    check_data_root(opt.dataset, opt.data_root)
+    check_data_root(opt.dataset, opt.data_root, None if checkpoint else opt.out_dir)
     device, _ = choose_device(opt.device)
     tune_process(device, before["threads"] if before else None)
     ranks = Ranks(device)
@@ -260,7 +262,8 @@ def start(argv: list[str] | None) -> int:
         check_tensorboard()
     try:
         with ranks.rank_0_first():  # it alone downloads
-            data = load_dataset(opt.dataset, opt.data_root, opt.img_size, opt.n_cpu, nearest_folder(opt.out_dir))
+            scratch, reading = nearest_folder(opt.out_dir), how_to_read(opt, before)
+            data = load_dataset(opt.dataset, opt.data_root, opt.img_size, opt.n_cpu, scratch, reading)
         batches = Batches(data, opt.batch_size, ranks.device, ranks, by_class=opt.d_deviation == "class")
         plan = make_plan(opt, data, batches, ranks, checkpoint)
         scorer = None

@@ -17,7 +17,7 @@ if __name__ == "__main__":
 from tqdm import tqdm
 
 import fast
-from data import add_data_flags, load_train_and_test
+from data import Reading, add_data_flags, load_train_and_test
 from evaluation.judge import load_judge
 from evaluation.metrics import check_torchmetrics
 from evaluation.scorecard import DRAWING, FULL, QUICK, SCORING, check_judge, committed_real_scores, scorecard, table
@@ -82,7 +82,10 @@ def evaluate(opt: argparse.Namespace) -> None:
 def make_card(opt: argparse.Namespace, generator, judge, device, stage, real_scores: tuple | None) -> dict:
     """Return the scorecard as plain data; `stage` is called with the name of each stage. Raises BadInput."""
     stage("Reading the real images")
-    train_set, test_set = load_train_and_test(opt.dataset, opt.data_root, opt.test_root, judge.config["img_size"])
+    reading = Reading(judge.classes, judge.config["channels"], generator.white or judge.white, opt.bad_images == "skip")
+    train_set, test_set = load_train_and_test(
+        opt.dataset, opt.data_root, opt.test_root, judge.config["img_size"], reading
+    )
     if train_set.classes != judge.classes or train_set.images.shape[1] != judge.config["channels"]:
         raise BadInput(f"argument --dataset: {opt.dataset} has other classes or channels than judge and generator")
     counts = FULL if opt.full else QUICK

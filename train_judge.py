@@ -11,7 +11,7 @@ from pathlib import Path
 if __name__ == "__main__":
     import before_torch  # noqa: F401
 
-from data import add_data_flags, load_train_and_test
+from data import Reading, add_data_flags, load_train_and_test
 from evaluation.judge import judge_images, train_classifier
 from fast.process import keep_memory, tune_process
 from run.weights import save_network
@@ -36,6 +36,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("judge.pth"), metavar="FILE", help="file to write")
     add("--n_epochs", type=COUNT, default=10, metavar="N", help="passes over the training images")
     add("--img_size", type=IMG_SIZE, default=32, metavar="N", help="side of the images to judge, pixels")
+    add("--channels", type=COUNT, metavar="N", help="1 or 3 turns a folder's images into grey or colour (default: as "
+        "they are)")  # fmt: skip
     add("--seed", type=SEED, default=0, metavar="N", help="seed of the weights and of the order of the images")
     add_data_flags(parser)
     add_device_flag(parser)
@@ -48,11 +50,12 @@ def train_judge(opt: argparse.Namespace) -> None:
     tune_process(device)
     keep_memory(device)
     check_output("--out", opt.out, ".pth")
-    data, test = load_train_and_test(opt.dataset, opt.data_root, opt.test_root, opt.img_size)
+    reading = Reading(channels=opt.channels, skip_bad=opt.bad_images == "skip")
+    data, test = load_train_and_test(opt.dataset, opt.data_root, opt.test_root, opt.img_size, reading)
     announce(why)
     judge = train_classifier(*data[:2], len(data.classes), opt.n_epochs, opt.seed, device, jitter=True)
     accuracy = (judge_images(judge, test.images)[1] == test.labels).double().mean()
-    save_network(opt.out, judge, data.classes)
+    save_network(opt.out, judge, data.classes, white=data.white)
     print_line(f"{opt.out}: {accuracy:.2%} of the {len(test.labels):,} test images recognised", must_succeed=True)
 
 

@@ -6,6 +6,7 @@ import torch
 from models import Generator
 
 CHUNK = 500  # images drawn at a time
+GRID_CLASSES = 20  # columns of a sample grid, at most
 
 
 def draw_noise(n: int, latent_dim: int, device: torch.device) -> torch.Tensor:
@@ -30,19 +31,21 @@ def draw_graph_inputs(n_classes: int, latent_dim: int, img_size: int, channels: 
 
 @torch.no_grad()
 def sample_image(generator, n_classes: int, latent_dim: int, device) -> torch.Tensor:
-    """Draw 10 rows of every class, one column a class: float32 (10 * n_classes, C, H, W) in [-1, 1].
+    """Draw 10 rows of every class, or of the first GRID_CLASSES: float32 (10 * columns, C, H, W) in [-1, 1].
 
     G stays in train mode, so drawing uses the batch's statistics and moves the running ones: a quirk, kept.
     """
-    z = draw_noise(10 * n_classes, latent_dim, device)
-    labels = torch.arange(n_classes, device=device).repeat(10)
+    columns = min(n_classes, GRID_CLASSES)
+    z = draw_noise(10 * columns, latent_dim, device)
+    labels = torch.arange(columns, device=device).repeat(10)
     return generator(z, labels)
 
 
 def fixed_noise(n_classes: int, latent_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return z and labels of a grid of 10 rows, one column a class: equal in every run, and no draw of the training."""
-    z = torch.randn(10 * n_classes, latent_dim, generator=torch.Generator().manual_seed(0))
-    return z, torch.arange(n_classes).repeat(10)
+    """Return z and labels of a grid like sample_image's: equal in every run, and no draw of the training."""
+    columns = min(n_classes, GRID_CLASSES)
+    z = torch.randn(10 * columns, latent_dim, generator=torch.Generator().manual_seed(0))
+    return z, torch.arange(columns).repeat(10)
 
 
 @torch.no_grad()

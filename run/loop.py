@@ -3,12 +3,12 @@
 import contextlib
 
 from data.batches import Batches
-from data.drawing import draw_images, fixed_noise
+from data.drawing import GRID_CLASSES, draw_images, fixed_noise
 from run.checkpoint import Checkpoints
 from run.plan import Plan
 from run.ranks import Ranks, cause
 from run.record import Record
-from utils import StopRequest
+from utils import StopRequest, announce
 
 
 class Run:
@@ -32,6 +32,8 @@ class Run:
                 stack.callback(self.record.close)
                 self.checkpoints = Checkpoints(self.opt, self.plan, self.ranks.device, self.record, self.parts)
             self.resources = stack.pop_all()
+        if self.plan.n_classes > GRID_CLASSES:
+            announce(f"Sample grids: the first {GRID_CLASSES} of {self.plan.n_classes} classes.")
         return self
 
     def __exit__(self, kind, error, traceback):

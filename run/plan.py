@@ -10,6 +10,7 @@ import torch
 
 from data import LabelledImages
 from data.batches import Batches
+from data.folder import Reading
 from fast.compile import choose_compile
 from run.ranks import Ranks
 from utils import BadInput
@@ -21,7 +22,7 @@ class Plan:
 
     compile: "on" or "off". threads: PyTorch's, among which sums on a CPU are split. classes: their names, by label.
     labels_crc32: a checksum of the images' labels. total_steps: the batch at which the run ends. schedule_steps: the
-    batches that a falling rate is planned for.
+    batches that a falling rate is planned for. white: that of data.LabelledImages.
     """
 
     seed: int
@@ -35,6 +36,15 @@ class Plan:
     labels_crc32: int
     total_steps: int
     schedule_steps: int
+    white: int = 0
+
+
+def how_to_read(opt: argparse.Namespace, before: dict | None) -> Reading:
+    """Return how a folder's images are read: as the options say, and for a resumed run as `before`, in its plan."""
+    skip_bad = opt.bad_images == "skip"
+    if not before:
+        return Reading(channels=opt.channels, skip_bad=skip_bad)
+    return Reading(before["classes"], before["channels"], before.get("white", 0), skip_bad)
 
 
 def make_plan(opt: argparse.Namespace, data: LabelledImages, batches: Batches, ranks: Ranks, checkpoint) -> Plan:
@@ -67,4 +77,4 @@ def make_plan(opt: argparse.Namespace, data: LabelledImages, batches: Batches, r
     # the range that NumPy accepts
     seed = ranks.broadcast(secrets.randbelow(2**32)) if opt.seed is None else opt.seed
     return Plan(seed=seed, compile=compile, threads=torch.get_num_threads(), world_size=ranks.world_size,
-                total_steps=total_steps, schedule_steps=schedule_steps, **found)  # fmt: skip
+                total_steps=total_steps, schedule_steps=schedule_steps, white=data.white, **found)  # fmt: skip

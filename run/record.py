@@ -21,6 +21,7 @@ import torchvision
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
+from data.drawing import GRID_CLASSES
 from run import folder
 from run.checkpoint import as_data
 from run.film import write_film
@@ -222,7 +223,7 @@ class Record:
         The file is images/{step}.png for the tag "fake_image", and images/fixed_z/{step}.png for "fixed_z".
         """
         # a run that is about to end as diverged may draw NaN
-        grid = make_grid(imgs.cpu(), nrow=len(self.plan.classes), normalize=True).nan_to_num()
+        grid = make_grid(imgs.cpu(), nrow=min(self.plan.n_classes, GRID_CLASSES), normalize=True).nan_to_num()
         path = self.out_dir / "images" / ("fixed_z" if tag == "fixed_z" else "") / f"{step}.png"
         with self.tolerating("sample grids"):
             atomic_write(path, lambda file: save_image(grid, file, format="png"))
@@ -238,13 +239,13 @@ class Record:
         """Keep the best networks so far, with `more` plain data about them."""
         with self.tolerating("the best generator"):
             # G last: its scores are the ones compared, so after a fault between the two both are written again
-            save_network(self.out_dir / BEST[1], discriminator, self.plan.classes, **more)
-            save_network(self.out_dir / BEST[0], ema, self.plan.classes, **more)
+            save_network(self.out_dir / BEST[1], discriminator, self.plan.classes, white=self.plan.white, **more)
+            save_network(self.out_dir / BEST[0], ema, self.plan.classes, white=self.plan.white, **more)
 
     def finish(self, done: int, generator, discriminator, ema) -> None:
         """Write the weights of G, D and the EMA after `done` batches, and the film of the run. Raises OSError."""
         for name, network in zip(WEIGHTS, (generator, discriminator, ema), strict=True):
-            save_network(self.out_dir / name, network, self.plan.classes)
+            save_network(self.out_dir / name, network, self.plan.classes, white=self.plan.white)
         with self.tolerating("images/film.gif"):
             write_film(self.out_dir / "images", done - 1)
 
@@ -264,7 +265,7 @@ def command_to_continue(opt, plan: Plan) -> str:
     if plan.world_size > 1:
         words = [Path(sys.executable).with_name("torchrun"), f"--nproc_per_node={plan.world_size}"]
     words += [ROOT / "acgan.py", "--resume", opt.out_dir]
-    for name, default in (("data_root", None), ("max_steps", None), ("device", "auto")):
+    for name, default in (("data_root", None), ("max_steps", None), ("device", "auto"), ("bad_images", "refuse")):
         if getattr(opt, name) != default:
             words += [f"--{name}", getattr(opt, name)]
     return typed(*words)

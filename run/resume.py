@@ -9,7 +9,7 @@ MATHEMATICS = ("seed", "batch_size", "lr", "b1", "b2", "latent_dim", "n_classes"
                "dataset", *departures.FLAGS)  # fmt: skip
 # Options that a resumed run takes from the checkpoint unless they are given.
 CONTINUED = ("n_epochs", "sample_interval", "log_interval", "checkpoint_interval", "eval_interval", "judge", "ema",
-             "compile", "n_cpu")  # fmt: skip
+             "compile", "n_cpu", "bad_images")  # fmt: skip
 
 
 def with_saved_options(parser: argparse.ArgumentParser, argv: list[str], saved: dict) -> list[str]:

@@ -30,7 +30,8 @@ def save_network(path: Path, network: nn.Module, classes: list[str], **more) -> 
 
 
 def load_network(path, device="cpu", networks: dict = NETWORKS) -> nn.Module:
-    """Rebuild a network from a weight file: `G = load_network("acgan_gen.pth")`; `G.classes` are its classes' names.
+    """Rebuild a network from a weight file: `G = load_network("acgan_gen.pth")`; `G.classes` are its classes' names,
+    and `G.white` is that of data.LabelledImages.
 
     The file is read as data (`weights_only=True`), never run as code. The network is in train mode, in which the
     tutorial draws its samples; call `.eval()` to use the running statistics. `networks` are those that the file may
@@ -47,6 +48,7 @@ def load_network(path, device="cpu", networks: dict = NETWORKS) -> nn.Module:
             if not torch.isfinite(tensor).all() or (name.endswith("running_var") and tensor.min() < 0):
                 raise ValueError("a number in it is not finite, or a variance is negative")
         network.classes = [str(name) for name in packed.get("classes", range(network.config["n_classes"]))]
+        network.white = int(packed.get("white", 0))
         if len(network.classes) != network.config["n_classes"]:
             raise ValueError("each class needs a name")
     except OSError as error:

@@ -44,7 +44,7 @@ def test_colour_images_are_resized_as_pil_does():
 
 @pytest.mark.parametrize(("train", "n"), [(True, 60_000), (False, 10_000)])
 def test_mnist_is_bundled(train, n):
-    images, labels, classes, in_memory = load_dataset("mnist", None, 28, train=train)
+    images, labels, classes, in_memory, _ = load_dataset("mnist", None, 28, train=train)
     assert images.shape == (n, 1, 28, 28) and images.dtype == torch.uint8 and labels.shape == (n,) and in_memory
     digest = hashlib.md5(struct.pack(">4i", 2051, n, 28, 28) + images.numpy().tobytes()).hexdigest()
     assert digest == ("6bbc9ace898e44ae57da46a324031adb" if train else "2646ac647ad5339dbf082846283269ea")  # published
@@ -136,7 +136,7 @@ def test_idx_sets_are_read_from_the_files_put_there(name, tmp_path):
     kind, folder, files = builtin.SETS[name]
     pixels, labels = put_files(name, tmp_path)
     for part in (True, False):
-        images, found, classes, _ = load_dataset(name, tmp_path, 28, train=part)
+        images, found, classes, *_ = load_dataset(name, tmp_path, 28, train=part)
         assert torch.equal(images[:, 0], torch.from_numpy(pixels).to(torch.uint8)) and found.tolist() == labels.tolist()
         assert classes == kind.classes
 
@@ -170,7 +170,7 @@ def test_cifar10_from_its_archive_and_no_other(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.CIFAR10, "train_list", [["data_batch_1", sums["data_batch_1"]]])
     monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
     monkeypatch.setattr(datasets.CIFAR10, "meta", meta)
-    images, labels, classes, _ = load_dataset("cifar10", tmp_path, 32)
+    images, labels, classes, *_ = load_dataset("cifar10", tmp_path, 32)
     assert images.shape == (8, 3, 32, 32) and labels.tolist() == [0, 1] * 4 and classes == ["airplane", "automobile"]
 
     # a batch with another checksum is never unpickled

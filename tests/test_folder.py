@@ -4,21 +4,23 @@ import json
 import os
 import re
 import shutil
-import signal
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_run, call, errors, read_board
+from conftest import assert_same_run, call, errors, read_board, stopped_after
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from shapes import CLASSES, make_folder
 
 import evaluate
 import generate
 import train_judge
-from data import folder, load_dataset
+from data import Reading, folder, load_dataset, load_train_and_test
 from data.batches import Batches
+from data.memory import memory
 from evaluation.scorecard import Counts, balanced
 from run.weights import load_network
 from utils import BadInput
@@ -123,17 +125,187 @@ def test_folder_beyond_the_memory_budget_is_decoded_into_a_file(shapes, straight
         load_dataset("folder", shapes, 32, scratch=tmp_path)
 
 
-def test_damage_and_loss_that_a_worker_finds_are_one_line(copy, monkeypatch):
-    monkeypatch.setattr(folder, "MANY", 0)
-    path = copy / "green box" / "2.png"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-60])  # the header is whole
-    with pytest.raises(BadInput, match=r"^\S.*green box/2.png' is corrupt, as a part of it .*: replace or delete it$"):
-        load_dataset("folder", copy, 32, n_cpu=1)
-    path.write_bytes(whole)
-    monkeypatch.setattr(folder.ImageFiles, "__getitem__", lambda self, index: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(BadInput, match="a worker that decodes images was lost"):
-        load_dataset("folder", copy, 32, n_cpu=1)
+def test_bad_images_are_named_in_one_pass_and_left_out_on_request(copy, train, tmp_path, capsys):
+    boxes = [copy / "green box" / f"{n}.png" for n in range(12)]
+    for path in boxes:
+        shutil.copy(copy / "red disc" / "0.png", path)
+        path.write_bytes(path.read_bytes()[:-60])  # the header is whole
+    boxes[0].write_bytes(b"")
+    boxes[1].write_text("no picture")
+    shutil.copy(copy / "red disc" / "1.png", copy / "green box" / "good.png")
+    line = errors(train(*SMALL, "--data_root", copy, "--seed", 2, "--out_dir", tmp_path / "run"))
+    assert "12 of 21 images cannot be read: " in line and line.count("green box") == 10 and "; and 2 more: " in line
+    assert "0.png' (empty); " in line and "1.png' (of no kind that is read here); " in line and "truncated" in line
+    assert line.endswith(": replace or delete them, or add --bad_images skip")
+    assert not (tmp_path / "run").exists()
+
+    flags = [*SMALL, "--data_root", copy, "--bad_images", "skip", "--seed", 2]
+    result = train(*flags, "--max_steps", 1, "--out_dir", tmp_path / "run")
+    assert result.status == 0 and "Left out: 12 images that cannot be read: " in result.err
+    assert "Data: folder, 9 colour images of 3 classes." in result.err
+    with stopped_after(2):
+        result = train("--resume", tmp_path / "run", "--data_root", copy, "--max_steps", 3)
+    assert result.status == 143 and "--bad_images skip" in result.err.splitlines()[-1]
+    assert train("--resume", tmp_path / "run", "--data_root", copy, "--max_steps", 3).status == 0
+
+    (copy / "green box" / "good.png").unlink()
+    with pytest.raises(BadInput, match="class 'green box' has no image that can be read: add some, or remove it"):
+        load_dataset("folder", copy, 16, reading=Reading(skip_bad=True))
+
+
+def test_metadata_that_cannot_be_read_do_not_matter(tmp_path, capsys):
+    grey, broken = Image.new("L", (20, 20), 77), b"Exif\0\0MM\0*\0\0\0\x08\0\x05broken"
+    texts, long = PngInfo(), "all metadata " * 200_000  # more than Pillow unpacks
+    texts.add_text("note", long, zip=True)
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    grey.save(tmp_path / "a" / "text.png", pnginfo=texts)
+    grey.save(tmp_path / "a" / "exif.webp", exif=broken, lossless=True)
+    grey.save(tmp_path / "b" / "exif.jpg", exif=broken, quality=100)
+    grey.save(tmp_path / "b" / "exif.png", exif=broken)
+    texts = PngInfo()
+    texts.add_text("note", "short")
+    grey.save(tmp_path / "b" / "checksum.png", pnginfo=texts)
+    content = (tmp_path / "b" / "checksum.png").read_bytes()
+    (tmp_path / "b" / "checksum.png").write_bytes(content.replace(b"short", b"shirt"))
+    images = load_dataset("folder", tmp_path, 16).images
+    assert len(images) == 5 and (images.int() - 77).abs().max() <= 1
+    err = capsys.readouterr().err  # WebP counts as colour
+    assert err == "Images: 4 are grey and 1 in colour; --channels 1 reads all as grey.\n"
+    for path in tmp_path.glob("*/*"):
+        path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(BadInput, match="5 of 5 images cannot be read"):
+        load_dataset("folder", tmp_path, 16)
+
+
+def test_deep_grey_is_scaled_by_what_the_training_images_hold(tmp_path, train, capsys):
+    for root, brightest in (("train", 4000), ("test", 900)):
+        for name in ("a", "b"):
+            (tmp_path / root / name).mkdir(parents=True)
+            for n in range(2):
+                ramp = np.linspace(0, brightest, 400).astype(np.uint16).reshape(20, 20)
+                Image.fromarray(ramp).save(tmp_path / root / name / f"{n}.{('png', 'tif')[n]}")
+    data = load_dataset("folder", tmp_path / "train", 20)
+    assert data.white == 4095 and data.images.max() == 4000 * 255 // 4095
+    assert "Images: 4 in grey of more than 8 bits, up to 4,000; 4,095 is taken as white." in capsys.readouterr().err
+    train_set, test_set = load_train_and_test("folder", tmp_path / "train", tmp_path / "test", 20)
+    assert torch.equal(train_set.images, data.images) and test_set.images.max() == 900 * 255 // 4095
+    flags = [*SMALL, "--data_root", tmp_path / "train", "--batch_size", 2, "--seed", 2]
+    assert train(*flags, "--max_steps", 1, "--out_dir", tmp_path / "run").status == 0
+    assert load_network(tmp_path / "run" / "acgan_gen.pth").white == 4095
+    Image.fromarray(np.full((20, 20), 60_000, np.uint16)).save(tmp_path / "train" / "a" / "0.png")
+    result = train("--resume", tmp_path / "run", "--data_root", tmp_path / "train", "--max_steps", 2)
+    assert result.status == 0 and "4,095 is taken as white" in result.err
+    for values, white in ((np.eye(20, dtype=np.float32), 1), (np.eye(20, dtype=np.int32) * 70_000, 2**17 - 1)):
+        for name in ("a", "b"):
+            shutil.rmtree(tmp_path / "train" / name)
+            (tmp_path / "train" / name).mkdir()
+            Image.fromarray(values).save(tmp_path / "train" / name / "0.tif")
+        data = load_dataset("folder", tmp_path / "train", 20)
+        assert data.white == white and (data.images[0, 0] > 100).equal(torch.eye(20) > 0)
+
+
+def test_run_among_the_images_is_refused_and_an_earlier_one_skipped(copy, straight, train, monkeypatch, capsys):
+    monkeypatch.chdir(copy)
+    for out_dir in ([], ["--out_dir", copy / "run"], ["--out_dir", "red disc/deeper"]):
+        line = errors(train(*SMALL, "--data_root", copy, *out_dir))
+        assert f"is among the images of '{copy}': name a folder elsewhere, such as --out_dir ../copy_run" in line
+    assert sorted(os.listdir(copy)) == CLASSES
+    wanted = load_dataset("folder", copy, 16)
+    capsys.readouterr()
+    for place in (copy, copy / "a run", copy / "red disc" / "deeper"):
+        shutil.copytree(straight, place, dirs_exist_ok=True)
+    found = load_dataset("folder", Path("."), 16)
+    assert found.classes == CLASSES and torch.equal(found.images, wanted.images)
+    assert (
+        "Skipped: './a run', './images', './logs', './red disc/deeper', of an earlier run." in capsys.readouterr().err
+    )
+
+
+def test_folder_above_the_classes_is_recognised(tmp_path):
+    for part in ("Train", "TEST"):
+        make_folder(tmp_path / "data" / part, 1)
+    with pytest.raises(
+        BadInput, match="holds parts of a data set, 'TEST' and 'Train', not its classes: .*data/Train'$"
+    ):
+        load_dataset("folder", tmp_path / "data", 16)
+    with pytest.raises(BadInput, match="holds 1 folder: make a folder of images for each class, .*, or name .*data'$"):
+        load_dataset("folder", tmp_path, 16)
+    Image.new("L", (20, 20)).save(tmp_path / "data" / "Train" / "a.png")
+    Image.new("L", (20, 20)).save(tmp_path / "data" / "TEST" / "a.png")
+    assert load_dataset("folder", tmp_path / "data", 16).classes == ["TEST", "Train"]  # with images of their own
+
+
+def test_files_of_many_kinds_are_read_and_the_others_counted(tmp_path, capsys):
+    picture = Image.new("RGB", (20, 20), (200, 0, 0))
+    kinds = ["a.tif", "b.TIFF", "c.jfif", "d.gif", "e.ppm", "f.jp2", "g.avif"]
+    for name in ("a", "b", "@eaDir", "__MACOSX"):
+        (tmp_path / name / "@eaDir").mkdir(parents=True)
+        picture.save(tmp_path / name / "@eaDir" / "thumbnail.png")
+    for kind in kinds:
+        picture.save(tmp_path / "a" / kind)
+    picture.save(tmp_path / "b" / "moving.gif", save_all=True, append_images=[Image.new("RGB", (20, 20))] * 3)
+    picture.save(tmp_path / "loose.png")
+    for name in ("x.heic", "y.heic", "notes"):
+        (tmp_path / "b" / name).write_text("not read")
+    data = load_dataset("folder", tmp_path, 16)
+    assert data.classes == ["a", "b"] and data.labels.tolist() == [0] * len(kinds) + [1]
+    assert ((data.images[:, 0].int() - 200).abs().max(), data.images[:, 1:].max()) <= (8, 8)
+    wanted = "Skipped: 3 files of other kinds (2 .heic, 1 without a suffix); 1 image beside the classes' folders."
+    assert capsys.readouterr().err.strip() == wanted
+
+
+def test_channels_convert_a_folder_and_are_kept(copy, train, tmp_path):
+    for path in (copy / "green box").iterdir():
+        Image.open(path).convert("L").save(path)
+    flags = [*SMALL, "--data_root", copy, "--seed", 2, "--max_steps", 1]
+    assert (
+        "Images: 4 are grey and 8 in colour; --channels 1 reads all as grey."
+        in train(*flags, "--out_dir", tmp_path / "both").err
+    )
+    result = train(*flags, "--channels", 1, "--out_dir", tmp_path / "run")
+    assert result.status == 0 and "Data: folder, 12 grey images" in result.err
+    result = train("--resume", tmp_path / "run", "--data_root", copy, "--max_steps", 2)
+    assert result.status == 0 and "Data: folder, 12 grey images" in result.err
+    assert load_network(tmp_path / "run" / "acgan_gen.pth").config["channels"] == 1
+    assert load_dataset("folder", copy, 16, reading=Reading(channels=3)).images.shape[1] == 3
+    line = errors(train(*flags, "--channels", 2, "--out_dir", tmp_path / "two"))
+    assert "argument --channels: images of a folder are read with 1 (grey) or 3, not 2" in line
+
+
+def test_many_classes_come_in_natural_order_and_share_a_grid_of_twenty(tmp_path, train):
+    names = [str(n) for n in range(25)]
+    for name in names:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("L", (16, 16), 10 * int(name)).save(tmp_path / "data" / name / "a.png")
+    data = load_dataset("folder", tmp_path / "data", 16)
+    assert data.classes == names and data.images[:, 0, 0, 0].tolist() == [10 * n for n in range(25)]
+    known = sorted(names)  # as a checkpoint or a weight file of before has them
+    data = load_dataset("folder", tmp_path / "data", 16, reading=Reading(known))
+    assert data.classes == known and data.images[:, 0, 0, 0].tolist() == [10 * int(name) for name in known]
+    flags = [*SMALL, "--data_root", tmp_path / "data", "--batch_size", 25, "--seed", 2, "--max_steps", 10]
+    result = train(*flags, "--out_dir", tmp_path / "run")
+    assert result.status == 0 and result.err.count("Sample grids: the first 20 of 25 classes.") == 1
+    for grid in ("images/9.png", "images/fixed_z/9.png"):
+        assert Image.open(tmp_path / "run" / grid).size == (20 * 18 + 2, 10 * 18 + 2)
+
+
+def test_limits_of_memory_are_found_wherever_they_are_set(tmp_path):
+    def limit(lines, **files):
+        shutil.rmtree(tmp_path / "root", ignore_errors=True)
+        (tmp_path / "root/proc/self").mkdir(parents=True)
+        (tmp_path / "root/proc/self/cgroup").write_text(lines)
+        for path, text in files.items():
+            (tmp_path / "root/sys/fs/cgroup" / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "root/sys/fs/cgroup" / path).write_text(text)
+        return memory(tmp_path / "root")
+
+    unlimited = limit("0::/\n")
+    assert limit("0::/\n", **{"memory.max": "5000\n"}) == 5000  # a container's own group
+    assert limit("0::/batch/job\n", **{"batch/job/memory.max": "max\n", "batch/memory.max": "4000\n"}) == 4000
+    assert limit("0::/gone\n", **{"memory.max": "max\n"}) == unlimited
+    v1 = "5:cpu,cpuacct:/job\n3:memory:/job\n0::/other\n"
+    assert limit(v1, **{"memory/job/memory.limit_in_bytes": "3000\n", "memory.max": "9000"}) == 3000
+    assert limit(v1, **{"memory/memory.limit_in_bytes": "9223372036854771712\n"}) == unlimited
 
 
 def test_thin_picture_takes_little_memory(tmp_path):
@@ -159,7 +331,7 @@ def test_mixed_modes_become_one(tmp_path):
     Image.new("1", (20, 20), 1).save(tmp_path / "b" / "bits.png")
     (tmp_path / "b" / "notes.txt").write_text("skipped")
     (tmp_path / "b" / "._photo.png").write_text("skipped")
-    images, labels, classes, _ = load_dataset("folder", tmp_path, 16)
+    images, labels, classes, *_ = load_dataset("folder", tmp_path, 16)
     assert classes == ["a", "b"] and labels.tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
     wanted = [(200, 0, 0)] * 5 + [(255, 255, 255)] * 2 + [(128, 128, 128)]
     found = sorted(tuple(row) for row in images.float().mean((2, 3)).round().int().tolist())

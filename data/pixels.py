@@ -1,0 +1,127 @@
+"""The pixels of one image file, of any kind that Pillow reads safely, as a square of 8-bit grey or colour."""
+
+import errno
+import functools
+import io
+import os
+import struct
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms import functional
+
+from utils import first_line
+
+# Read whatever a file's name says; other readers of Pillow start programs, or take almost any bytes for theirs.
+FORMATS = {"PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "PPM", "JPEG2000"}
+DEEP_GREY = {"I", "I;16", "I;16B", "I;16L", "I;16N", "F"}  # Pillow's modes of more than 8 bits
+GREY = {"1", "L", "LA", *DEEP_GREY}
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+OF_THIS_PROCESS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # errors that no file is to blame for
+
+
+class BadImage(Exception):
+    """A file whose pixels cannot be read; the text says why."""
+
+
+@functools.cache
+def formats() -> list[str]:
+    """Return those of FORMATS that this Pillow has."""
+    Image.init()
+    return [name for name in Image.ID if name in FORMATS]
+
+
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """Return the names' endings of these formats, as .png, in small letters."""
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats())
+
+
+def read(path: str, use):
+    """Return use(image), where `image` is the file at `path`, opened by Pillow. Raises BadImage.
+
+    A PNG that Pillow refuses is read once more without its metadata, which may be all that is damaged.
+    """
+    try:
+        if not os.path.isfile(path):
+            raise BadImage("missing, or not a file")
+        if os.path.getsize(path) == 0:
+            raise BadImage("empty")
+        try:
+            with Image.open(path, formats=formats()) as image:
+                return use(image)
+        except (OSError, SyntaxError, ValueError):
+            if not (plain := without_metadata(path)):
+                raise
+        with Image.open(plain, formats=["PNG"]) as image:
+            return use(image)
+    except (BadImage, MemoryError):
+        raise
+    except Exception as error:  # Pillow's readers raise many kinds of error
+        if getattr(error, "errno", None) in OF_THIS_PROCESS:
+            raise
+        unknown = isinstance(error, Image.UnidentifiedImageError)
+        raise BadImage("of no kind that is read here" if unknown else first_line(error)) from error
+
+
+def without_metadata(path: str) -> io.BytesIO | None:
+    """Return a PNG file's chunks that make its pixels, or None if it is no PNG."""
+    with open(path, "rb") as file:
+        if file.read(8) != SIGNATURE:
+            return None
+        kept = [SIGNATURE]
+        while len(head := file.read(8)) == 8:
+            size, name = struct.unpack(">I4s", head)
+            body = file.read(size + 4)  # and its checksum
+            if name[:1].isupper() or name == b"tRNS":  # critical chunks begin with a capital
+                kept += [head, body]
+    return io.BytesIO(b"".join(kept))
+
+
+def mode_of(image: Image.Image) -> str:
+    """Return the mode of an opened image, from its header."""
+    return image.mode
+
+
+def peak_of(image: Image.Image) -> float:
+    """Return the largest value in an opened image of DEEP_GREY. Raises BadImage for one that is not finite."""
+    peak = float(np.asarray(image).max())
+    if not np.isfinite(peak):
+        raise BadImage("a value in it is not finite")
+    return peak
+
+
+def white_for(peak: float) -> int:
+    """Return what is white where the largest value is `peak`: all bits that it needs, such as 4095 for 12 bits."""
+    return max(1, 2 ** int(np.ceil(peak)).bit_length() - 1)
+
+
+def square_of(image: Image.Image, channels: int, white: int, img_size: int) -> torch.Tensor:
+    """Return the middle square of an opened image, resized: uint8 (channels, img_size, img_size)."""
+    image.load()  # truncated pixels raise here
+    image = to_mode(upright(image), channels, white)
+    image = functional.center_crop(image, min(image.size))
+    return functional.pil_to_tensor(functional.resize(image, img_size))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its metadata say; if they cannot be read, it stays as it is."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
+    except Exception:
+        return image
+
+
+def to_mode(image: Image.Image, channels: int, white: int) -> Image.Image:
+    """Convert any mode to 8-bit grey or RGB: `white` of DEEP_GREY becomes 255, transparency is laid on white."""
+    if image.mode in DEEP_GREY:
+        values = np.asarray(image)
+        values = values.astype(np.float64 if values.dtype.kind == "f" else np.int64).clip(0, white)
+        image = Image.fromarray((values * 255 // white).astype(np.uint8))
+    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if channels == 1 else "RGB")
