@@ -58,12 +58,13 @@ def load_folder(root: Path, img_size: int, workers: int, scratch: Path, reading:
 
     modes = dict(all_good("Checking", pixels.mode_of, range(len(paths))))
     deep = [number for number, mode in modes.items() if mode in pixels.DEEP_GREY]
-    peak = max((peak for _, peak in all_good("Checking", pixels.peak_of, deep)), default=0)
-    white = reading.white or (pixels.white_for(peak) if deep else 0)
+    lowest, highest = zip((0.0, 0.0), *(pair for _, pair in all_good("Checking", pixels.range_of, deep)), strict=True)
+    white = reading.white or (pixels.white_for(max(highest)) if deep else 0)
     grey = sum(mode in pixels.GREY for mode in modes.values())
     channels = reading.channels or (1 if grey == len(modes) else 3)
     if deep:
-        announce(f"Images: {len(deep):,} in grey of more than 8 bits, up to {peak:,.6g}; {white:,} is taken as white.")
+        values = f"{min(lowest):,.6g} to {max(highest):,.6g}; 0 is taken as black, {white:,} as white"
+        announce(f"Images: {len(deep):,} in grey of more than 8 bits, with values from {values}.")
     if grey and grey < len(modes) and not reading.channels:
         announce(f"Images: {grey:,} are grey and {len(modes) - grey:,} in colour; --channels 1 reads all as grey.")
 
@@ -144,8 +145,9 @@ def natural(name: str) -> list:
 
 def check_classes(root: Path, images: dict[str, list[str]], outer: list[str], loose: list[str]) -> None:
     """Raise BadInput unless each class has images. `outer` are those of folders alone, `loose` are in no class."""
-    if images and outer and all(name.lower() in SPLITS for name in images):
-        named = " and ".join(map(repr, images))
+    parts = [name for name, found in images.items() if found]
+    if outer and all(name.lower() in SPLITS for name in parts):
+        named = " and ".join(map(repr, parts))
         best = next((name for name in outer if name.lower().startswith("train")), outer[0])
         raise BadInput(f"{str(root)!r} holds parts of a data set, {named}, not its classes: name a part, such as "
                        f"{str(root / best)!r}")  # fmt: skip

@@ -84,17 +84,17 @@ def mode_of(image: Image.Image) -> str:
     return image.mode
 
 
-def peak_of(image: Image.Image) -> float:
-    """Return the largest value in an opened image of DEEP_GREY. Raises BadImage for one that is not finite."""
-    peak = float(np.asarray(image).max())
-    if not np.isfinite(peak):
+def range_of(image: Image.Image) -> tuple[float, float]:
+    """Return the smallest and the largest value in an opened image of DEEP_GREY. Raises BadImage if not finite."""
+    values = np.asarray(image)
+    if not np.isfinite(values).all():
         raise BadImage("a value in it is not finite")
-    return peak
+    return float(values.min()), float(values.max())
 
 
 def white_for(peak: float) -> int:
     """Return what is white where the largest value is `peak`: all bits that it needs, such as 4095 for 12 bits."""
-    return max(1, 2 ** int(np.ceil(peak)).bit_length() - 1)
+    return 2 ** max(1, int(np.ceil(peak)).bit_length()) - 1 if peak > 0 else 1
 
 
 def square_of(image: Image.Image, channels: int, white: int, img_size: int) -> torch.Tensor:

@@ -186,7 +186,7 @@ def test_deep_grey_is_scaled_by_what_the_training_images_hold(tmp_path, train, c
                 Image.fromarray(ramp).save(tmp_path / root / name / f"{n}.{('png', 'tif')[n]}")
     data = load_dataset("folder", tmp_path / "train", 20)
     assert data.white == 4095 and data.images.max() == 4000 * 255 // 4095
-    assert "Images: 4 in grey of more than 8 bits, up to 4,000; 4,095 is taken as white." in capsys.readouterr().err
+    assert "values from 0 to 4,000; 0 is taken as black, 4,095 as white." in capsys.readouterr().err
     train_set, test_set = load_train_and_test("folder", tmp_path / "train", tmp_path / "test", 20)
     assert torch.equal(train_set.images, data.images) and test_set.images.max() == 900 * 255 // 4095
     flags = [*SMALL, "--data_root", tmp_path / "train", "--batch_size", 2, "--seed", 2]
@@ -194,7 +194,7 @@ def test_deep_grey_is_scaled_by_what_the_training_images_hold(tmp_path, train, c
     assert load_network(tmp_path / "run" / "acgan_gen.pth").white == 4095
     Image.fromarray(np.full((20, 20), 60_000, np.uint16)).save(tmp_path / "train" / "a" / "0.png")
     result = train("--resume", tmp_path / "run", "--data_root", tmp_path / "train", "--max_steps", 2)
-    assert result.status == 0 and "4,095 is taken as white" in result.err
+    assert result.status == 0 and "0 is taken as black, 4,095 as white" in result.err
     for values, white in ((np.eye(20, dtype=np.float32), 1), (np.eye(20, dtype=np.int32) * 70_000, 2**17 - 1)):
         for name in ("a", "b"):
             shutil.rmtree(tmp_path / "train" / name)
@@ -224,12 +224,14 @@ def test_run_among_the_images_is_refused_and_an_earlier_one_skipped(copy, straig
 def test_folder_above_the_classes_is_recognised(tmp_path):
     for part in ("Train", "TEST"):
         make_folder(tmp_path / "data" / part, 1)
+    (tmp_path / "data" / "labels").mkdir()
     with pytest.raises(
         BadInput, match="holds parts of a data set, 'TEST' and 'Train', not its classes: .*data/Train'$"
     ):
         load_dataset("folder", tmp_path / "data", 16)
     with pytest.raises(BadInput, match="holds 1 folder: make a folder of images for each class, .*, or name .*data'$"):
         load_dataset("folder", tmp_path, 16)
+    (tmp_path / "data" / "labels").rmdir()
     Image.new("L", (20, 20)).save(tmp_path / "data" / "Train" / "a.png")
     Image.new("L", (20, 20)).save(tmp_path / "data" / "TEST" / "a.png")
     assert load_dataset("folder", tmp_path / "data", 16).classes == ["TEST", "Train"]  # with images of their own
