@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -134,7 +135,9 @@ def load_data(path: Path):
             has_checksums = file.read(len(OLD_TORCH_SAVE)) != OLD_TORCH_SAVE
             if has_checksums and zipfile.ZipFile(file).testzip() is not None:  # torch.load skips them
                 raise ValueError("a checksum is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is no such file, which then raises
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # the zip reader and the unpickler raise many kinds of error

@@ -9,7 +9,7 @@ from torch import nn
 
 import departures
 from run.checkpoint import FORMAT, NEWEST, checked, has_checkpoint, read_checkpoint
-from run.weights import BUNDLED_GENERATOR, GENERATOR, NETWORKS, WEIGHTS, reading, rebuild
+from run.weights import BUNDLED_GENERATOR, GENERATOR, NETWORKS, WEIGHTS, batches_of, reading, rebuild
 from utils import BadInput, announce, load_data
 
 FILES = dict(zip(("generator", "discriminator", "ema"), WEIGHTS, strict=True))  # by their name in a checkpoint
@@ -64,7 +64,7 @@ def further_trained(folder: Path, part: str, networks: dict) -> tuple[Path, dict
         return checkpoint["file"], checkpoint, ""
     with reading(file, networks):
         packed = load_data(file)
-        step = packed.get("step")
+        step = batches_of(packed)
         if checkpoint is None:
             return file, packed, f"; {NEWEST} beside it is corrupt" if has_checkpoint(folder) else ""
         is_further = checkpoint["finished"] if step is None else step >= checkpoint["step"]

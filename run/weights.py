@@ -79,10 +79,16 @@ def rebuild(packed: dict, networks: dict) -> nn.Module:
     network.classes = [str(name) for name in packed.get("classes", range(network.config["n_classes"]))]
     if len(network.classes) != network.config["n_classes"]:
         raise ValueError("each class needs a name")
-    network.step = packed.get("step")
-    if type(network.step) not in (int, type(None)):
-        raise ValueError("its batches are no number")
+    network.step = batches_of(packed)
     return network
+
+
+def batches_of(packed: dict) -> int | None:
+    """Return after how many batches a weight file was written, or None if it does not say. Raises ValueError."""
+    step = packed.get("step")
+    if type(step) not in (int, type(None)):
+        raise ValueError("its batches are no number")
+    return step
 
 
 def with_sizes(state: dict) -> dict:
@@ -90,7 +96,7 @@ def with_sizes(state: dict) -> dict:
 
     The tensors tell its sizes, but for D's img_size, which is taken as a multiple of 16. Its classes are numbers.
     """
-    state = state.get("state_dict", state)
+    state = state.get("state_dict", state.get("model", state))
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}  # of nn.DataParallel
     if "label_emb.weight" in state:
         n_classes, latent_dim = state["label_emb.weight"].shape
