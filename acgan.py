@@ -35,7 +35,8 @@ from run.plan import Plan, how_to_read, make_plan
 from run.ranks import LostRank, Ranks, was_restarted
 from run.record import check_tensorboard
 from run.resume import CONTINUED, with_saved_options
-from run.weights import start_from, update_ema
+from run.trained import start_from
+from run.weights import update_ema
 from utils import (
     COUNT,
     IMG_SIZE,
@@ -128,7 +129,7 @@ def train(opt: argparse.Namespace, plan: Plan, ranks: Ranks, batches: Batches, s
     generator.apply(weights_init_normal)
     discriminator.apply(weights_init_normal)
     if opt.init_from:
-        start_from(opt.init_from, generator, discriminator)
+        start_from(opt.init_from, generator, discriminator, plan.classes)
     as_printed = copy.deepcopy((generator, discriminator))  # for TensorBoard's graph
 
     device = ranks.device
@@ -188,8 +189,8 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
     add("--ema", type=beta, default=0.9999, metavar="X",
         help="decay of the EMA of G's weights, in [0, 1): kept beside G, it plays no part in the training")
     add("--seed", type=SEED, metavar="N", help="seed of PyTorch and NumPy (default: one is drawn and printed)")
-    add("--init_from", type=Path, metavar="PATH", help="start G and D from the weights of a run's folder, or one of "
-        "them from a file: to fine-tune on other images, say (default: random weights)")
+    add("--init_from", type=Path, metavar="PATH", help="start G and D from a run's folder, or one of them from a "
+        "weight file, matching classes by name: to fine-tune on other images, say (default: random weights)")
     add = parser.add_argument_group("networks").add_argument
     add("--latent_dim", type=COUNT, default=100, metavar="N", help="size of the noise z and of the label embedding")
     add("--img_size", type=IMG_SIZE, default=32, metavar="N", help="image side, pixels: a multiple of 4, at least 16")

@@ -213,17 +213,22 @@ def check_choice(name: str, value: str, possible: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}, but must be one of {possible}")
 
 
-def networks(opt: argparse.Namespace, n_classes: int, channels: int):
-    """Return G and D, drawn in this order, as the options ask for; None if both are the tutorial's."""
+def configs(opt: argparse.Namespace, n_classes: int, channels: int) -> dict[str, dict]:
+    """Return what `build` takes for G and D as the options ask for, by their names."""
+    sizes = dict(n_classes=n_classes, img_size=opt.img_size, channels=channels)
     g_options = dict(conditioning=opt.conditioning, bn_eps=opt.bn_eps)
     d_options = dict(norm=opt.d_norm, bn_eps=opt.bn_eps, dropout=opt.d_dropout,
                      outputs="logits" if opt.class_loss == "logits" else "probabilities", class_head=opt.class_head,
                      width=opt.d_width, deviation=opt.d_deviation != "off")  # fmt: skip
-    if {"Generator": g_options, "Discriminator": d_options} == TUTORIAL:
+    return {"Generator": sizes | dict(latent_dim=opt.latent_dim) | g_options, "Discriminator": sizes | d_options}
+
+
+def networks(opt: argparse.Namespace, n_classes: int, channels: int):
+    """Return G and D, drawn in this order, as the options ask for; None if both are the tutorial's."""
+    wanted = configs(opt, n_classes, channels)
+    if all(wanted[name].items() >= TUTORIAL[name].items() for name in wanted):
         return None
-    sizes = dict(n_classes=n_classes, img_size=opt.img_size, channels=channels)
-    generator = build("Generator", **sizes, latent_dim=opt.latent_dim, **g_options)
-    return generator, build("Discriminator", **sizes, **d_options)
+    return build("Generator", **wanted["Generator"]), build("Discriminator", **wanted["Discriminator"])
 
 
 def build(network: str, **config) -> nn.Module:

@@ -22,7 +22,7 @@ from evaluation.judge import load_judge
 from evaluation.metrics import check_torchmetrics
 from evaluation.scorecard import DRAWING, FULL, QUICK, SCORING, check_judge, committed_real_scores, scorecard, table
 from fast.process import keep_memory, tune_process
-from run.weights import GENERATOR, add_weights_flag, load_network
+from run.trained import add_weights_flag, load_trained
 from utils import (
     SEED,
     BadInput,
@@ -57,10 +57,10 @@ def evaluate(opt: argparse.Namespace) -> None:
     device, _ = choose_device(opt.device)
     tune_process(device)
     keep_memory(device)
-    generator = load_network(opt.weights, device, GENERATOR).eval()
+    generator = load_trained(opt.weights, "ema", device).eval()
     fast.use_fast_layers(generator)
-    announce(f"Weights: {opt.weights}")
-    judge = load_judge(opt.judge, device)
+    announce(f"Weights: {generator.origin}")
+    judge = load_judge(opt.judge, device, generator.classes)
     check_judge(judge, generator.classes, generator.config["img_size"], generator.config["channels"])
     # those of MNIST's real digits are the same for every generator, and a third of the time
     known = opt.dataset == "mnist" and opt.judge is None and not opt.full and opt.seed == 0
@@ -90,7 +90,7 @@ def make_card(opt: argparse.Namespace, generator, judge, device, stage, real_sco
         raise BadInput(f"argument --dataset: {opt.dataset} has other classes or channels than judge and generator")
     counts = FULL if opt.full else QUICK
     card = scorecard(generator, train_set[:2], test_set[:2], judge, counts, opt.seed, device, stage, real_scores)
-    return dict(weights=str(opt.weights), **card)
+    return dict(weights=str(generator.file), **card)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -21,7 +21,7 @@ from torchvision.utils import make_grid, save_image
 import fast
 from data.drawing import CHUNK, draw_images, draw_set
 from models import Generator
-from run.weights import GENERATOR, add_weights_flag, load_network
+from run.trained import add_weights_flag, load_trained
 from utils import (
     COUNT,
     SEED,
@@ -72,7 +72,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; bad flags end the program with one line and exit status 2."""
     parser = OneLineParser("generate.py", "Draw images of the classes you ask for, with a trained generator.")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("digits", nargs="?", help="the classes to draw, a character each, such as 2026 (default: all)")
+    what.add_argument("digits", nargs="?", help="the classes to draw, a character each, such as 2026; or one class, by "
+                      "its name (default: all)")  # fmt: skip
     what.add_argument("--labels", metavar="A,B,...", help="the classes to draw, by name or number (default: all)")
     what.add_argument("--interpolate", nargs=2, metavar=("A", "B"), help="go from class A to class B (default: off)")
     add = parser.add_argument
@@ -83,7 +84,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, metavar="FILE", help="picture to write (default: generated.png)")
     add("--scale", type=COUNT, metavar="N", help="enlarge the picture N times, each pixel becoming N x N "
         f"(default: up to {SCALE} times, while no side exceeds {SIDE:,} pixels)")  # fmt: skip
-    add("--npz", type=Path, metavar="FILE", help="write a data set instead: images and labels (default: off)")
+    add("--npz", type=Path, metavar="FILE", help="write a data set instead: images, labels and "
+        "the classes' names (default: off)")  # fmt: skip
     add_device_flag(parser)
     opt = parser.parse_args(argv)
     if opt.npz and opt.interpolate:
@@ -103,21 +105,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def generate(opt: argparse.Namespace) -> None:
     """Write what the command line asks for. Raises BadInput, or OSError if it cannot be written."""
     device, _ = choose_device(opt.device)
-    generator = load_network(opt.weights, device, GENERATOR).eval()
+    generator = load_trained(opt.weights, "ema", device).eval()
     fast.use_fast_layers(generator)
-    labels = list(range(len(generator.classes)))
+    classes = generator.classes
+    labels = list(range(len(classes)))
     if opt.interpolate:
-        labels = find_classes(opt.interpolate, "--interpolate", generator.classes)
-    elif opt.labels is not None:
-        labels = find_classes([word.strip() for word in opt.labels.split(",")], "--labels", generator.classes)
+        labels = find_classes(opt.interpolate, "--interpolate", classes)
+    elif opt.labels is not None:  # a class whose name has a comma can be drawn alone
+        words = [opt.labels] if opt.labels in classes else [word.strip() for word in opt.labels.split(",")]
+        labels = find_classes(words, "--labels", classes)
     elif opt.digits is not None:
-        labels = find_classes(list(opt.digits), "digits", generator.classes)
+        words = [opt.digits] if opt.digits in classes else list(opt.digits)
+        labels = find_classes(words, "digits", classes)
 
-    announce(f"Weights: {opt.weights}")
+    announce(f"Weights: {generator.origin}")
     if opt.npz:
         check_output("--npz", opt.npz, ".npz")
         labels = torch.tensor(labels).repeat(opt.n)
-        data = dict(images=draw_set(generator, labels, opt.seed).numpy(), labels=labels.numpy())
+        images = draw_set(generator, labels, opt.seed)
+        data = dict(images=images.numpy(), labels=labels.numpy(), classes=np.array(classes))  # by label
         atomic_write(opt.npz, lambda file: np.savez_compressed(file, **data))
         print_line(f"{opt.npz}: {counted(len(labels), 'image')}", must_succeed=True)
         return
@@ -138,7 +144,7 @@ def generate(opt: argparse.Namespace) -> None:
         raise BadInput(f"argument --scale: {scale} makes more than {PIXEL_LIMIT:,} pixels: lower it, or -n")
     grid = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     atomic_write(opt.out, lambda file: save_image(grid, file, format="png"))
-    names = [generator.classes[label] for label in labels]
+    names = [classes[label] for label in labels]
     shown = f"from {names[0]} to {names[1]}" if opt.interpolate else f"of {', '.join(names)}"
     print_line(f"{opt.out}: {counted(opt.n, 'row')} of {counted(columns, 'image')}, {shown}", must_succeed=True)
 

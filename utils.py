@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 MEMORY_SHARE = 0.25  # of the memory, or of a GPU's free memory, that the images of a data set may take
 PART_FILE = ".acgan-{pid}.part"  # the name of a file that is still being written
+OLD_TORCH_SAVE = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")  # how its files began before PyTorch 1.6
 
 
 class BadInput(Exception):
@@ -122,17 +124,20 @@ def check_writable(flag: str, folder: Path) -> None:
 
 
 def load_data(path: Path):
-    """Read what torch.save wrote, as data: nothing in the file is run, and its checksums must be right.
+    """Read what torch.save wrote, as data: nothing in the file is run, and its checksums, if any, must be right.
 
     Raises OSError if the file cannot be read, and ValueError if it is corrupt, or holds more than data.
     """
     try:
         if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
             raise ValueError("a pipe or a device, which may never end")
-        with zipfile.ZipFile(path) as archive:  # torch.save writes zip files, but torch.load skips their checksums
-            if archive.testzip() is not None:
+        with open(path, "rb") as file:
+            has_checksums = file.read(len(OLD_TORCH_SAVE)) != OLD_TORCH_SAVE
+            if has_checksums and zipfile.ZipFile(file).testzip() is not None:  # torch.load skips them
                 raise ValueError("a checksum is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is no such file, which then raises
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # the zip reader and the unpickler raise many kinds of error

@@ -75,7 +75,7 @@ def train_cell(flags: list[str], seed: int, points: tuple[int, ...], folder: Pat
         update_ema(ema, generator, decay, steps)
         if steps in points:
             for which, network in (("ema", ema), ("raw", generator)):
-                save_network(folder / f"{which}_{steps}.pth", network, CLASSES)
+                save_network(folder / f"{which}_{steps}.pth", network, CLASSES, step=steps)
 
     if all((folder / f"{which}_{point}.pth").exists() for which in ("ema", "raw") for point in points):
         return

@@ -19,7 +19,7 @@ from data.drawing import draw_set
 from evaluation.judge import load_judge
 from evaluation.metrics import Judged, show_to
 from evaluation.scorecard import QUICK
-from run.weights import GENERATOR, add_weights_flag, load_network
+from run.trained import add_weights_flag, load_trained
 from utils import atomic_write
 
 MISSED = 10  # images of each class
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("picture", type=Path, help="the PNG to write")
     add_weights_flag(parser)
     opt = parser.parse_args()
-    generator, judge = load_network(opt.weights, networks=GENERATOR).eval(), load_judge(None)
+    generator, judge = load_trained(opt.weights, "ema").eval(), load_judge(None)
     fast.use_fast_layers(generator)
     labels = torch.arange(10).repeat(QUICK.cas)
     real = show_to(judge, *load_dataset("mnist", None, 32, train=False)[:2])

@@ -19,7 +19,7 @@ from evaluation.judge import train_classifier
 from evaluation.metrics import agreement, show_to
 from evaluation.scorecard import QUICK
 from fast.process import keep_memory, tune_process
-from run.weights import GENERATOR, add_weights_flag, load_network
+from run.trained import add_weights_flag, load_trained
 
 PARTS = (1, 2, 4, 8)  # of the side
 READER_EPOCHS = 2
@@ -55,7 +55,7 @@ def main() -> None:
     opt = parser.parse_args()
     tune_process(torch.device("cpu"))
     keep_memory(torch.device("cpu"))
-    generator = load_network(opt.weights, networks=GENERATOR).eval()
+    generator = load_trained(opt.weights, "ema").eval()
     fast.use_fast_layers(generator)
     train_set, test_set = load_train_and_test("mnist", None, None, 32)
     labels = torch.arange(10).repeat(QUICK.cas)  # the scorecard's images, of which the first are read

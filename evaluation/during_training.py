@@ -29,7 +29,7 @@ class EpochScorer:
     def __init__(self, interval: int, judge_path: Path | None, data: LabelledImages, device):
         self.interval = interval  # in batches
         metrics.check_torchmetrics("argument --eval_interval")
-        self.judge = load_judge(judge_path, device)
+        self.judge = load_judge(judge_path, device, data.classes)
         check_judge(self.judge, data.classes, data.images.shape[-1], data.images.shape[1])
         self.judge_sha256 = hashlib.sha256((judge_path or BUNDLED).read_bytes()).hexdigest()
         self.n_classes = len(data.classes)
@@ -46,7 +46,8 @@ class EpochScorer:
         record.scores(step - 1, scores)
         best = scores["intra_fid"] < self.lowest_intra_fid(record.out_dir / BEST[0])
         if best:
-            record.best(ema, discriminator, scores={"step": step - 1} | scores, judge_sha256=self.judge_sha256)
+            scored = {"step": step - 1} | scores
+            record.best(ema, discriminator, step=step, scores=scored, judge_sha256=self.judge_sha256)
         text = f"agreement {scores['agreement']:.2%}, FID {scores['fid']:.3f}, intra-FID {scores['intra_fid']:.3f}"
         announce(f"After batch {step}: {text}{', the best so far' if best else ''}.")
 

@@ -44,9 +44,24 @@ class Judge(nn.Module):
         return self.head(self.features(img))
 
 
-def load_judge(path: Path | None, device="cpu") -> Judge:
-    """Return the judge of a weight file, or the bundled one, in eval mode. Raises BadInput."""
-    return load_network(path or BUNDLED, device, {"Judge": Judge}).eval()
+def load_judge(path: Path | None, device="cpu", classes: list[str] | None = None) -> Judge:
+    """Return the judge of a weight file, or the bundled one, in eval mode. Raises BadInput.
+
+    If it knows the same `classes` in another order, it is put into theirs.
+    """
+    judge = load_network(path or BUNDLED, device, {"Judge": Judge}).eval()
+    if classes is not None and sorted(classes) == sorted(judge.classes):
+        put_in_order(judge, classes)
+    return judge
+
+
+@torch.no_grad()
+def put_in_order(judge: Judge, classes: list[str]) -> None:
+    """Let the judge number its classes as `classes`, the same names, do."""
+    order = [judge.classes.index(name) for name in classes]
+    for rows in judge.head.parameters():  # the weight and the bias, a row a class
+        rows.copy_(rows[order])
+    judge.classes = list(classes)
 
 
 @torch.no_grad()

@@ -118,19 +118,24 @@ def read_checkpoint(folder: Path, quiet: bool = False) -> dict:
         raise BadInput(f"argument --resume: there is no {NEWEST} in {str(folder)!r}: name the folder of a run")
     for path in paths:
         try:
-            packed = load_data(path)
-            if packed["format"] in OLD_FORMATS:
-                step = packed.get("step", packed.get("steps"))  # the oldest say steps
-                return dict(format=packed["format"], step=step, finished=packed["finished"], file=path)
-            if packed["format"] != FORMAT or not packed["parts"].keys() >= PARTS:
-                continue
-            check_kinds(packed)
-            if path.name == PREVIOUS and not quiet:
+            checkpoint = checked(load_data(path), path)
+            if checkpoint["format"] == FORMAT and path.name == PREVIOUS and not quiet:
                 announce(f"{folder / NEWEST} is corrupt or missing: resuming from {PREVIOUS} instead.")
-            return packed | {"file": path}
+            return checkpoint
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError):
             continue
     raise BadInput(f"argument --resume: {str(paths[0])!r} is corrupt, or is not a checkpoint: name another run")
+
+
+def checked(packed: dict, path: Path) -> dict:
+    """Return what read_checkpoint returns of what the file `path` holds. What is no checkpoint raises many errors."""
+    if packed["format"] in OLD_FORMATS:
+        step = packed.get("step", packed.get("steps"))  # the oldest say steps
+        return dict(format=packed["format"], step=step, finished=packed["finished"], file=path)
+    if packed["format"] != FORMAT or not packed["parts"].keys() >= PARTS:
+        raise ValueError("no checkpoint")
+    check_kinds(packed)
+    return packed | {"file": path}
 
 
 def check_kinds(packed: dict) -> None:

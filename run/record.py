@@ -245,7 +245,7 @@ class Record:
     def finish(self, done: int, generator, discriminator, ema) -> None:
         """Write the weights of G, D and the EMA after `done` batches, and the film of the run. Raises OSError."""
         for name, network in zip(WEIGHTS, (generator, discriminator, ema), strict=True):
-            save_network(self.out_dir / name, network, self.plan.classes, white=self.plan.white)
+            save_network(self.out_dir / name, network, self.plan.classes, step=done, white=self.plan.white)
         with self.tolerating("images/film.gif"):
             write_film(self.out_dir / "images", done - 1)
 

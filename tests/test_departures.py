@@ -19,7 +19,10 @@ from data.batches import Batches
 from departures import RECIPES, Step, with_logit
 from fast.bfloat16 import InBfloat16
 from models import Discriminator, Generator, weights_init_normal
+from run.checkpoint import NEWEST
 from run.resume import MATHEMATICS
+from run.trained import FILES, load_trained
+from run.weights import NETWORKS, load_network
 
 SMALL = ["--seed", 6, "--batch_size", 24, "--img_size", 16, "--latent_dim", 4, "--log_interval", 1,
          "--sample_interval", 4]  # fmt: skip
@@ -325,6 +328,12 @@ def test_run_with_switches_resumes_bit_exactly_and_its_weights_draw(flags, contr
     assert_same_run(tmp_path / "run", tmp_path / "straight")
     weights = ["--weights", tmp_path / "run", "--out", tmp_path / "a.png", "--device", "cpu"]
     assert call(generate.main, "2026", *weights).status == 0
+    for part, file in FILES.items():  # the checkpoint alone rebuilds the same networks
+        weights = load_network(tmp_path / "run" / file)
+        (tmp_path / "run" / file).unlink()
+        network = load_trained(tmp_path / "run", part, networks=NETWORKS)
+        assert network.config == weights.config and network.file.name == NEWEST
+        assert all(map(torch.equal, network.state_dict().values(), weights.state_dict().values()))
 
 
 def test_runs_with_switches_have_every_switch():
@@ -346,7 +355,7 @@ def test_recipe_sets_defaults_and_a_flag_beside_it_wins():
 def test_run_can_start_from_one_file_with_layers_of_other_sizes_and_not_from_another_function(plain, train, tmp_path):
     flags = [*SMALL, "--max_steps", 1, "--latent_dim", 3, "--init_from", plain / "acgan_gen.pth"]
     result = train(*flags, "--out_dir", tmp_path / "resized")
-    assert "acgan_gen.pth; new, as their sizes differ: label_emb.weight, l1.0.weight.\n" in result.err
+    assert "acgan_gen.pth, after batch 4; new, as their sizes differ: label_emb.weight, l1.0.weight.\n" in result.err
     assert "Discriminator" not in result.err
     flags = [*SMALL, "--max_steps", 1, "--init_from", plain]
     line = errors(train(*flags, "--bn_eps", 1e-5, "--out_dir", tmp_path / "other"))

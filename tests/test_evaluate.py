@@ -17,11 +17,13 @@ from data.drawing import draw_set
 from evaluation import judge as judge_module
 from evaluation import metrics
 from evaluation import scorecard as scorecard_module
+from evaluation.during_training import EpochScorer
 from evaluation.judge import Judge, judge_images, load_judge
-from evaluation.metrics import density_and_coverage, fid, same_class_ms_ssim, show_to
-from evaluation.scorecard import DRAWING, SCORING, Counts, balanced, collapsed, score_images, scorecard
+from evaluation.metrics import agreement, density_and_coverage, fid, same_class_ms_ssim, show_to
+from evaluation.scorecard import DRAWING, SCORING, Counts, balanced, check_judge, collapsed, score_images, scorecard
 from models import Generator, weights_init_normal
 from run.weights import BUNDLED_GENERATOR, load_network, save_network
+from utils import BadInput
 
 FEW = Counts(scored=100, cas=100, cas_epochs=4, pairs=20)
 CLASSES = list("0123456789")
@@ -273,3 +275,19 @@ def test_a_worse_score_does_not_replace_the_best(train, tmp_path):
     result = train("--resume", tmp_path / "run", "--n_epochs", 2, digits=80)
     assert result.status == 0 and ": agreement" in result.err and "best so far" not in result.err
     assert best.read_bytes() == before
+
+
+def test_judge_that_lists_the_classes_in_another_order_judges_the_same(judge, test_set, tmp_path):
+    images, labels = (part[:200] for part in test_set)
+    path, other = tmp_path / "judge.pth", load_judge(None, classes=CLASSES[::-1])
+    assert other.classes == CLASSES[::-1]
+    assert torch.equal(judge_images(other, images)[1], 9 - judge_images(judge, images)[1])
+    save_network(path, other, other.classes)
+    again = load_judge(path, classes=CLASSES)
+    assert again.classes == CLASSES and torch.equal(again.head.weight, judge.head.weight)
+    assert torch.equal(again.head.bias, judge.head.bias)
+    scorer = EpochScorer(1, path, LabelledImages(images, labels, CLASSES), "cpu")
+    assert agreement(scorer.real) > 0.95
+    others = [*CLASSES[1:], "ten"]  # another set of classes is refused as before
+    with pytest.raises(BadInput, match="argument --judge: it knows 10 classes"):
+        check_judge(load_judge(path, classes=others), others, 32, 1)

@@ -73,7 +73,7 @@ def test_names_of_the_classes_reach_the_record_tensorboard_and_generate(straight
     assert generator.classes == CLASSES and generator.config["channels"] == 3
     flags = ["--weights", straight, "--out", tmp_path / "a.png"]
     result = call(generate.main, "--labels", "red disc,0", *flags)
-    assert result.status == 0 and result.err == f"Weights: {straight / 'acgan_gen_ema.pth'}\n"
+    assert result.status == 0 and result.err == f"Weights: {straight / 'acgan_gen_ema.pth'}, after batch 16\n"
     assert Image.open(tmp_path / "a.png").size == (4 * (2 * 18 + 2), 4 * (5 * 18 + 2))
     assert "5 rows of 2 images, of red disc, " in result.out
     line = errors(call(generate.main, "--labels", "red", *flags))

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call
+from conftest import ROOT, call, errors
 from PIL import Image
 
 import generate
@@ -84,9 +84,10 @@ def test_data_set(tmp_path, monkeypatch):
     result = call(generate.main, "-n", 26, "--npz", tmp_path / "set.npz")
     assert result.status == 0 and result.out == f"{tmp_path / 'set.npz'}: 260 images\n"
     with np.load(tmp_path / "set.npz") as file:
-        images, labels = file["images"], file["labels"]
+        images, labels, classes = file["images"], file["labels"], file["classes"]
     assert images.shape == (260, 1, 32, 32) and images.dtype == np.uint8
     assert labels.shape == (260,) and labels.dtype == np.int64
+    assert classes.tolist() == list("0123456789") and classes.dtype.kind == "U"
     assert (np.bincount(labels) == 26).all()
     recognised = judge_images(load_judge(None), torch.from_numpy(images))[1]
     assert (recognised.numpy() == labels).mean() > 0.95
@@ -140,3 +141,17 @@ def test_closed_outputs_are_no_error_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)  # as Python has it if the shell closed it
     monkeypatch.setattr(sys, "stderr", None)
     assert generate.main(["1", "--weights", str(tmp_path / "none.pth")]) == 2
+
+
+def test_name_of_a_class_is_drawn_before_its_characters(tmp_path):
+    classes = ["0", "1", "2", "10", "hat, red", "cat"]
+    save_network(tmp_path / "small.pth", Generator(6, 4, 16), classes)
+    flags = ["--weights", tmp_path / "small.pth", "--out", tmp_path / "a.png"]
+    for words, drawn in [(["10"], "10"), (["12"], "1, 2"), (["cat"], "cat"), (["--labels", "hat, red"], "hat, red"),
+                         (["--labels", "1,10"], "1, 10"), (["0110"], "0, 1, 1, 0")]:  # fmt: skip
+        result = call(generate.main, *words, *flags)
+        assert result.status == 0 and result.out.endswith(f", of {drawn}\n"), result
+    assert "digits: 'a' is not a class: choose from 0, 1, 2, 10, " in errors(call(generate.main, "a1", *flags))
+    assert call(generate.main, "10", "--weights", tmp_path / "small.pth", "--npz", tmp_path / "a.npz").status == 0
+    with np.load(tmp_path / "a.npz") as file:
+        assert file["classes"].tolist() == classes and (file["classes"][file["labels"]] == "10").all()

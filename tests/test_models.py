@@ -4,6 +4,7 @@ import copy
 import hashlib
 import importlib.util
 import json
+import pickle
 import re
 import shutil
 import subprocess
@@ -13,13 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, call, errors
 from torch import nn
 
 import acgan
 import departures
+import evaluate
 import fast
+import generate
 from models import Discriminator, Generator, weights_init_normal
+from run.trained import start_from
 from run.weights import WEIGHTS, load_network, save_network, update_ema
 from utils import BadInput
 
@@ -264,8 +268,9 @@ def begun(train, tmp_path_factory):
             flags = ["--recipe", recipe, "--init_from", EARLIER / recipe, "--max_steps", 1, "--out_dir", out_dir]
             result = train(*TINY, *flags)
             assert result.status == 0, result.err
-            path = EARLIER / recipe
-            assert f"Generator: starts from {path}.\nDiscriminator: starts from {path}.\n" in result.err
+            files = [EARLIER / recipe / name for name in WEIGHTS[:2]]
+            words = "Generator: starts from {}.\nDiscriminator: starts from {}.\n".format(*files)
+            assert words in result.err
             (networks,) = seen
             runs[recipe] = out_dir, networks
     return runs
@@ -324,3 +329,87 @@ def test_documented_way_to_load_weights_works_beside_a_persons_own_modules(tmp_p
     (tmp_path / "mine.py").write_text(code)
     result = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout == "torch.Size([16, 1, 32, 32]) False\n", result.stderr
+
+
+@pytest.mark.parametrize(
+    "network",
+    [Generator(7, 13, 28, 3), Discriminator(7, 48, 3)],
+    ids=lambda network: type(network).__name__,
+)
+def test_bare_state_dict_of_a_network_of_the_tutorial_loads(network, tmp_path):
+    state = network.state_dict()
+    wrapped = nn.DataParallel(network).state_dict()
+    for content, is_zip in ((state, True), (state, False), (wrapped, True), ({"state_dict": state}, True)):
+        torch.save(content, tmp_path / "bare.pth", _use_new_zipfile_serialization=is_zip)
+        loaded = load_network(tmp_path / "bare.pth")
+        assert type(loaded) is type(network) and loaded.config == network.config
+        assert loaded.classes == list("0123456") and loaded.step is None
+        assert_equal_states(loaded.state_dict(), state)
+    torch.save({name: tensor for name, tensor in state.items() if "bias" not in name}, tmp_path / "bare.pth")
+    with pytest.raises(BadInput, match="is corrupt, or is not a Generator or Discriminator of this project"):
+        load_network(tmp_path / "bare.pth")
+    torch.save(state, tmp_path / "bare.pth", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "bare.pth").read_bytes()
+    (tmp_path / "bare.pth").write_bytes(content[: len(content) // 2])
+    with pytest.raises(BadInput, match="is corrupt, or is not a Generator or Discriminator of this project"):
+        load_network(tmp_path / "bare.pth")
+
+
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
+def test_pickled_modules_are_refused_and_the_documented_lines_make_a_state_dict(tmp_path, monkeypatch, train):
+    monkeypatch.chdir(tmp_path)
+    generator = Generator(img_size=16, latent_dim=4)
+    (convert,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "fidelity.md").read_text(), re.DOTALL)
+    with monkeypatch.context() as patch:
+        for network in (Generator, Discriminator):  # the original defines its classes in the script that it runs
+            patch.setattr(network, "__module__", "__main__")
+            patch.setattr(sys.modules["__main__"], network.__name__, network, raising=False)
+        torch.save(generator, "acgan_gen.pth")
+        torch.save(generator, "before_1_6.pth", _use_new_zipfile_serialization=False)
+        Path("plain.pth").write_bytes(pickle.dumps({"G": generator}))
+        exec(convert, {})
+    for name in ("acgan_gen.pth", "before_1_6.pth", "plain.pth"):
+        lines = [errors(call(main, flag, name, "--device", "cpu")) for main, flag in (
+            (generate.main, "--weights"), (evaluate.main, "--weights"), (evaluate.main, "--judge"))]  # fmt: skip
+        for line in [*lines, errors(train("--init_from", name))]:
+            assert f"{name!r} holds whole pickled objects ('__main__.Generator'), and to load such can run code" in line
+            assert "docs/fidelity.md" in line
+    assert call(generate.main, "12", "--weights", "state_dict.pth", "--device", "cpu").status == 0
+    assert_equal_states(load_network("state_dict.pth").state_dict(), generator.state_dict())
+
+
+@pytest.mark.parametrize("switches", [({}, {}), (dict(conditioning="both"), dict(class_head="2k"))])
+def test_classes_of_earlier_weights_are_taken_by_their_names(switches, tmp_path, capsys):
+    def networks(n_classes):
+        sizes = dict(n_classes=n_classes, img_size=16)
+        kinds = zip(("Generator", "Discriminator"), switches, strict=True)
+        return [departures.build(name, **sizes, **config) for name, config in kinds]
+
+    def by_class(state):  # (classes, ...), or twice as many
+        return [state[name] for name in ("label_emb.weight", "aux_layer.0.weight", "aux_layer.0.bias") if name in state]
+
+    theirs, ours = ["dog", "ant", "eel"], ["ant", "bee", "cow", "dog"]
+    files = [tmp_path / name for name in WEIGHTS[:2]]
+    for file, network in zip(files, networks(3), strict=True):
+        save_network(file, network, theirs, step=1200)
+    started = networks(4)
+    before = copy.deepcopy([network.state_dict() for network in started])
+    start_from(tmp_path, *started, ours)
+    kinds = zip(("Generator", "Discriminator"), files, strict=True)
+    words = "after batch 1,200; 2 of 4 classes by name; new: bee, cow.\n"
+    assert capsys.readouterr().err == "".join(f"{kind}: starts from {file}, {words}" for kind, file in kinds)
+    for network, old, file in zip(started, before, files, strict=True):
+        state, new = network.state_dict(), stored(file)
+        for rows, were, given in zip(by_class(state), by_class(old), by_class(new), strict=True):
+            halves = zip(rows.split(4), were.split(4), given.split(3), strict=True)
+            assert all(torch.equal(ours[[0, 3]], theirs[[1, 0]]) for ours, _, theirs in halves)
+            halves = zip(rows.split(4), were.split(4), strict=True)
+            assert all(torch.equal(ours[[1, 2]], fresh[[1, 2]]) for ours, fresh in halves)
+        assert all(torch.equal(state[name], new[name]) for name in state if state[name].shape == new[name].shape)
+
+    # no name in common: by number, as long as there are as many
+    started = networks(3)
+    start_from(tmp_path, *started, ["x", "y", "z"])
+    assert capsys.readouterr().err.count("after batch 1,200; classes by number, as no name is in common.\n") == 2
+    for network, file in zip(started, files, strict=True):
+        assert_equal_states(network.state_dict(), stored(file))

@@ -11,10 +11,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_same_run, errors, files, read_board, read_rows
+from conftest import ROOT, assert_same_run, call, errors, files, read_board, read_rows
 
 import acgan
+import evaluate
+import generate
 from run.checkpoint import NEWEST, PREVIOUS, random_state, read_checkpoint, restore_random_state
+from run.trained import FILES, load_trained
+from run.weights import NETWORKS, load_network
 
 SMALL = ["--seed", 4, "--batch_size", 24, "--img_size", 16, "--latent_dim", 4, "--log_interval", 1,
          "--sample_interval", 4]  # fmt: skip
@@ -77,6 +81,9 @@ def test_stopped_and_resumed_equals_straight(straight, start, train, copy, tmp_p
         assert process.wait() == -9
     step = read_checkpoint(out_dir)["step"]
     assert step == {"max_steps": HALF, signal.SIGTERM: HALF + 1, signal.SIGKILL: 7}[how]
+    if how == signal.SIGKILL:  # it has left no weights
+        shown = call(generate.main, "--weights", out_dir, "--out", tmp_path / "a.png", "--device", "cpu")
+        assert shown.status == 0 and shown.err == f"Weights: {out_dir / NEWEST}, after batch 7\n"
     result = train("--resume", out_dir, "--max_steps", STEPS)
     assert result.status == 0 and f"Resuming after batch {step} of {STEPS}." in result.err, result.err
     assert_same_run(out_dir, straight)
@@ -356,3 +363,63 @@ def test_lost_folder_and_unwritable_grids_do_not_end_training(train, tmp_path, m
     assert result.status == 0, result.err
     assert result.err.count("Warning: cannot write sample grids") == 1 and "Traceback" not in result.err
     assert read_checkpoint(out_dir)["step"] == STEPS
+
+
+def origins(folder, equal_to):
+    """Where load_trained says each network of a run is from; they equal those of the weight files in `equal_to`."""
+    found = {}
+    for part, file in FILES.items():
+        network = load_trained(folder, part, networks=NETWORKS)
+        wanted = load_network(equal_to / file)
+        assert network.config == wanted.config and network.classes == wanted.classes
+        assert all(map(torch.equal, network.state_dict().values(), wanted.state_dict().values())), part
+        found[file] = network.origin
+    return found
+
+
+def without_batch(folder):
+    """Make the weight files of a run those of a version that did not record their batch."""
+    for file in FILES.values():
+        packed = torch.load(folder / file, weights_only=True)
+        del packed["step"]
+        torch.save(packed, folder / file)
+
+
+def test_networks_of_a_run_are_those_of_its_weights_or_its_checkpoint_whichever_is_further_trained(copy, straight):
+    names = FILES.values()
+    assert origins(copy, equal_to=copy) == {file: f"{copy / file}, after batch {HALF}" for file in names}
+    weights = shutil.copytree(copy, copy.with_name("weights"))
+    shutil.copy(straight / NEWEST, copy / NEWEST)  # as of a run that was resumed, and killed after batch STEPS
+    newer = f"{copy / NEWEST}, after batch {STEPS}"
+    assert origins(copy, equal_to=straight) == {f: f"{newer}; passed over: {f}, after batch {HALF}" for f in names}
+    packed = torch.load(copy / NEWEST, weights_only=True)
+    without_batch(copy)
+    assert origins(copy, equal_to=weights) == {file: f"{copy / file}" for file in names}  # the run has ended
+    torch.save(packed | {"finished": False}, copy / NEWEST)
+    assert origins(copy, equal_to=straight) == {f: f"{newer}; passed over: {f}, of an unknown batch" for f in names}
+
+    torch.save({"format": "acgan checkpoint 2", "step": STEPS, "finished": False}, copy / NEWEST)
+    words = f"; {NEWEST} beside it is from an older version, and cannot be read"
+    assert origins(copy, equal_to=weights) == {file: f"{copy / file}{words}" for file in names}
+    (copy / NEWEST).write_bytes(b"")
+    (copy / PREVIOUS).unlink()
+    words = f"; {NEWEST} beside it is corrupt"
+    assert origins(copy, equal_to=weights) == {file: f"{copy / file}{words}" for file in names}
+
+
+def test_killed_run_can_be_drawn_from_scored_and_started_from(copy, straight, train, tmp_path):
+    for file in FILES.values():
+        (copy / file).unlink()
+    for named in (copy, copy / NEWEST, shutil.copy(copy / NEWEST, tmp_path / "renamed.pt")):
+        origin = f"{named / NEWEST if named == copy else named}, after batch {HALF}"
+        for main, flags in ((generate.main, ["--out", tmp_path / "a.png"]), (evaluate.main, [])):
+            result = call(main, "--weights", named, "--device", "cpu", *flags)
+            assert f"Weights: {origin}\n" in result.err
+        result = train(*SMALL, "--init_from", named, "--max_steps", 1, "--out_dir", tmp_path / "new")
+        assert result.status == 0, result.err
+        assert f"Generator: starts from {origin}.\nDiscriminator: starts from {origin}.\n" in result.err
+
+    torch.save({"format": "acgan checkpoint 2", "step": STEPS, "finished": False}, copy / NEWEST)
+    for named in (copy, copy / NEWEST):
+        line = errors(call(generate.main, "--weights", named, "--device", "cpu"))
+        assert f"{str(copy / NEWEST)!r} is from an older version of this script: end the run with that version" in line
