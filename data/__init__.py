@@ -43,14 +43,12 @@ def check_data_root(name: str, data_root: Path | None, new_out_dir: Path | None 
         raise BadInput("argument --data_root: --dataset mnist does not read it: did you mean --dataset folder?")
     if name == "folder" and data_root is None:
         raise BadInput("argument --data_root: --dataset folder needs it: name the folder of your classes' folders")
-    if (
-        name == "folder"
-        and new_out_dir
-        and (root := data_root.resolve()) in (out := new_out_dir.resolve(), *out.parents)
-    ):
+    if name == "folder" and new_out_dir:
+        root, out = data_root.resolve(), new_out_dir.resolve()
         better = os.path.relpath(root.with_name(f"{root.name}_run"))
-        raise BadInput(f"argument --out_dir: {str(new_out_dir)!r} is among the images of {str(data_root)!r}: name a "
-                       f"folder elsewhere, such as --out_dir {better}")  # fmt: skip
+        if root in (out, *out.parents) or root in [(out / part).resolve() for part in ("images", "logs")]:
+            raise BadInput(f"argument --out_dir: a run in {str(new_out_dir)!r} writes among the images of "
+                           f"{str(data_root)!r}: name a folder elsewhere, such as --out_dir {better}")  # fmt: skip
 
 
 def load_dataset(
@@ -108,5 +106,7 @@ def load_train_and_test(
     as_these = Reading(train_set.classes, train_set.images.shape[1], train_set.white, reading.skip_bad)
     test_set = load_dataset(name, test_root, img_size, n_cpu=8, reading=as_these)
     if train_set.classes != test_set.classes:
-        raise BadInput(f"argument --test_root: {str(test_root)!r} has other classes than --data_root")
+        only = sorted({*train_set.classes} ^ {*test_set.classes})
+        raise BadInput(f"argument --test_root: {str(test_root)!r} has other classes than --data_root: {only[0]!r} is "
+                       "in one of them only")  # fmt: skip
     return train_set, test_set

@@ -5,7 +5,9 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
+import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,8 +24,9 @@ from utils import MEMORY_SHARE, BadInput, announce, counted, local_ranks, on_ter
 
 CHUNK = 256  # images decoded at a time
 LARGE = 2**14  # bytes of a file from which on threads pay: smaller ones are read mostly under Python's lock
-NAMED = 10  # bad images that a message names
+NAMED = 10  # bad images, kinds of files or folders that a message names
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"}
+UNPRINTABLE = {"Cc", "Cs", "Zl", "Zp"}  # Unicode's categories of control characters, half pairs and ends of lines
 NO_CLASSES = {"@eadir", "#recycle", "#snapshot", "__macosx", "$recycle.bin", "system volume information", "lost+found"}
 
 
@@ -60,13 +63,7 @@ def load_folder(root: Path, img_size: int, workers: int, scratch: Path, reading:
     deep = [number for number, mode in modes.items() if mode in pixels.DEEP_GREY]
     lowest, highest = zip((0.0, 0.0), *(pair for _, pair in all_good("Checking", pixels.range_of, deep)), strict=True)
     white = reading.white or (pixels.white_for(max(highest)) if deep else 0)
-    grey = sum(mode in pixels.GREY for mode in modes.values())
-    channels = reading.channels or (1 if grey == len(modes) else 3)
-    if deep:
-        values = f"{min(lowest):,.6g} to {max(highest):,.6g}; 0 is taken as black, {white:,} as white"
-        announce(f"Images: {len(deep):,} in grey of more than 8 bits, with values from {values}.")
-    if grey and grey < len(modes) and not reading.channels:
-        announce(f"Images: {grey:,} are grey and {len(modes) - grey:,} in colour; --channels 1 reads all as grey.")
+    channels = reading.channels or (1 if set(modes.values()) <= pixels.GREY else 3)
 
     to_square = partial(pixels.square_of, channels=channels, white=white, img_size=img_size)
     squares = all_good("Reading", to_square, list(modes))
@@ -78,6 +75,16 @@ def load_folder(root: Path, img_size: int, workers: int, scratch: Path, reading:
         report(bad, paths, reading.skip_bad)
         if empty := set(range(len(classes))) - set(labels.tolist()):
             raise BadInput(f"class {classes[min(empty)]!r} has no image that can be read: add some, or remove it")
+
+    if deep:
+        values = f"{min(lowest):,.6g} to {max(highest):,.6g}; 0 is taken as black, {white:,} as white"
+        announce(f"Images: {len(deep):,} in grey of more than 8 bits, with values from {values}.")
+    if not reading.channels and channels == 3:
+        grey = sum(modes[number] in pixels.GREY for number in modes if number not in bad)
+        if grey == len(labels):  # only those left out are in colour
+            images = images[:, :1].contiguous() if fits else images[:, :1]
+        elif grey:
+            announce(f"Images: {grey:,} in grey, {len(labels) - grey:,} in colour; --channels 1 reads all as grey.")
     return images, labels, classes, fits, white
 
 
@@ -87,19 +94,22 @@ def find_images(root: Path, known: list[str] | None = None) -> tuple[list[str], 
     These are in the order of `known` if they are the same, else in natural order: 2 before 10. Hidden files, other
     kinds of files and folders of earlier runs are skipped; all but the hidden ones are announced. Raises BadInput.
     """
-    if not os.path.isdir(root):
-        what = "is a file" if os.path.exists(root) else "is missing"
-        raise BadInput(f"{str(root)!r} {what}: name a folder that holds a folder for each class")
 
     def fail(error: OSError):
         raise BadInput(f"cannot read {error.filename!r} ({error.strerror}): allow reading it or remove it") from error
 
-    images, holds_folders, loose = {}, {}, []
-    runs, other_kinds, seen = [], collections.Counter(), set()
+    try:
+        if not stat.S_ISDIR(os.stat(root).st_mode):
+            raise BadInput(f"{str(root)!r} is a file: name a folder that holds a folder for each class")
+    except FileNotFoundError as error:
+        raise BadInput(f"{str(root)!r} is missing: name a folder that holds a folder for each class") from error
+    except OSError as error:
+        fail(error)
+    images, inner, loose = {}, {}, []  # by class: its images, and the names of its own folders
+    runs, other_kinds, seen = [], collections.defaultdict(collections.Counter), {}
     for folder, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
-        if os.path.realpath(folder) in seen:
-            raise BadInput(f"{folder!r} is a link to a folder that is read already: remove it")
-        seen.add(os.path.realpath(folder))
+        if (twin := seen.setdefault(os.path.realpath(folder), folder)) != folder:
+            raise BadInput(f"{folder!r} and {twin!r} are the same folder: remove the link to it")
         subfolders[:] = [
             name for name in sorted(subfolders) if not (name.startswith(".") or name.lower() in NO_CLASSES)
         ]
@@ -111,22 +121,37 @@ def find_images(root: Path, known: list[str] | None = None) -> tuple[list[str], 
         found = [os.path.join(folder, file) for file, kind in kinds.items() if kind in pixels.suffixes()]
         if folder == os.fspath(root):
             images, loose = {name: [] for name in subfolders}, found
+            for file in files:
+                if not os.path.exists(os.path.join(folder, file)):
+                    raise BadInput(f"{os.path.join(folder, file)!r} is a link to nothing: mend or remove it")
             continue
-        other_kinds.update(kind or "without a suffix" for kind in kinds.values() if kind not in pixels.suffixes())
         name = Path(folder).relative_to(root).parts[0]
-        holds_folders.setdefault(name, bool(subfolders) and not found)  # the class's own folder comes first
+        inner.setdefault(name, list(subfolders))  # the class's own folder comes first
         images[name] += found
-    check_classes(root, images, [name for name in images if holds_folders[name]], loose)
+        other_kinds[name].update(kind or "without a suffix" for kind in kinds.values() if kind not in pixels.suffixes())
+    check_classes(root, images, inner, loose, other_kinds)
     classes = known if known and sorted(known) == sorted(images) else sorted(images, key=natural)
 
-    kinds = ", ".join(f"{n:,} {kind}" for kind, n in other_kinds.most_common())
-    skipped = [f"{counted(other_kinds.total(), 'file')} of other kinds ({kinds})"] if kinds else []
+    other = sum(other_kinds.values(), collections.Counter())
+    skipped = [f"{counted(other.total(), 'file')} of other kinds ({named(other)})"] if other else []
     skipped += [f"{counted(len(loose), 'image')} beside the classes' folders"] if loose else []
-    skipped += [f"{', '.join(map(repr, runs))}, of an earlier run"] if runs else []
+    skipped += [f"{listed(map(repr, runs))}, of an earlier run"] if runs else []
     if skipped:
         announce(f"Skipped: {'; '.join(skipped)}.")
     labels = [label for label, name in enumerate(classes) for _ in images[name]]
     return [path for name in classes for path in images[name]], torch.tensor(labels), classes
+
+
+def listed(words, separator: str = ", ") -> str:
+    """Return words as a list, of which only the first NAMED are shown."""
+    words = list(words)
+    more = f"{separator}and {len(words) - NAMED:,} more" if len(words) > NAMED else ""
+    return separator.join(words[:NAMED]) + more
+
+
+def named(kinds: collections.Counter) -> str:
+    """Return how many files there are of each kind, the most frequent first."""
+    return listed(f"{n:,} {kind}" for kind, n in kinds.most_common())
 
 
 def is_run(folder: str) -> bool:
@@ -138,28 +163,42 @@ def is_run(folder: str) -> bool:
         return False
 
 
-def natural(name: str) -> list:
+def natural(name: str) -> tuple[list, str]:
     """Return a key that sorts names by the numbers in them: 2 before 10."""
-    return [int(part) if n % 2 else part for n, part in enumerate(re.split(r"(\d+)", name))] + [name]
+    return [int(part) if n % 2 else part for n, part in enumerate(re.split(r"(\d+)", name))], name
 
 
-def check_classes(root: Path, images: dict[str, list[str]], outer: list[str], loose: list[str]) -> None:
-    """Raise BadInput unless each class has images. `outer` are those of folders alone, `loose` are in no class."""
-    parts = [name for name, found in images.items() if found]
-    if outer and all(name.lower() in SPLITS for name in parts):
-        named = " and ".join(map(repr, parts))
-        best = next((name for name in outer if name.lower().startswith("train")), outer[0])
-        raise BadInput(f"{str(root)!r} holds parts of a data set, {named}, not its classes: name a part, such as "
-                       f"{str(root / best)!r}")  # fmt: skip
+def parts_of_data_set(inner: dict[str, list[str]]) -> list[str]:
+    """Return the folders that are no classes, but parts of a data set, such as train and test; the training one first.
+
+    `inner` are the names of the folders in each. Such parts hold folders; there are two kinds of them, or their folders
+    have the names of other folders here.
+    """
+    kinds = {name: SPLITS & set(re.split(r"[^a-z]+", name.lower())) for name in inner}
+    parts = [name for name in inner if kinds[name] and inner[name]]
+    elsewhere = [name for name in inner] + [name for other in inner for name in inner[other]]
+    common = any(elsewhere.count(name) > 1 for part in parts for name in inner[part])
+    are_parts = common or len(set().union(*kinds.values())) > 1
+    return sorted(parts, key=lambda name: "train" not in name.lower()) if are_parts else []
+
+
+def check_classes(root: Path, images: dict, inner: dict, loose: list[str], other_kinds: dict) -> None:
+    """Raise BadInput unless each class has images. By class: its `images`, its `inner` folders, and other files."""
+    if parts := parts_of_data_set(inner):
+        raise BadInput(f"{str(root)!r} holds parts of a data set, not its classes ({listed(map(repr, inner))}): name a "
+                       f"part, such as {str(root / parts[0])!r}")  # fmt: skip
     if len(images) < 2:
         found = counted(len(images), "folder") + (f" and {counted(len(loose), 'image')}" if loose else "")
-        there = f", or name {str(root / outer[0])!r}" if outer else ""
+        there = "".join(f", or name {str(root / name)!r}" for name in images if len(inner[name]) > 1)
         raise BadInput(f"{str(root)!r} holds {found}: make a folder of images for each class, two or more{there}")
     for name, found in images.items():
-        if not name.isprintable():
+        if UNPRINTABLE & set(map(unicodedata.category, name)):
             raise BadInput(f"{name!r} cannot be printed as the name of a class: rename the folder")
         if not found:
-            raise BadInput(f"{str(root / name)!r} holds no image: add some (PNG, JPEG, ...), or remove the folder")
+            others = f", but {named(other_kinds[name])}" if other_kinds[name] else ""
+            raise BadInput(
+                f"{str(root / name)!r} holds no image{others}: add some (PNG, JPEG, ...), or remove the folder"
+            )
 
 
 def good(desc: str, use, numbers, *, paths: list[str], bad: dict[int, str], workers: int):
@@ -205,6 +244,8 @@ def into_file(squares, shape: tuple[int, ...], scratch: Path) -> torch.Tensor:
         file.write(square.contiguous().numpy())
         count += 1
     file.flush()
+    if not count:
+        return torch.empty(count, *shape[1:], dtype=torch.uint8)
     images = np.memmap(file, np.uint8, "c", shape=(count, *shape[1:]))
     images.file = file
     return torch.from_numpy(images)
@@ -212,10 +253,9 @@ def into_file(squares, shape: tuple[int, ...], scratch: Path) -> torch.Tensor:
 
 def report(bad: dict[int, str], paths: list[str], skip: bool) -> None:
     """Name bad images, all of them or the first few. Raises BadInput unless they are to be skipped."""
-    named = "; ".join(f"{paths[number]!r} ({why})" for number, why in sorted(bad.items())[:NAMED])
-    more = f"; and {len(bad) - NAMED:,} more" if len(bad) > NAMED else ""
+    these = listed((f"{paths[number]!r} ({why})" for number, why in sorted(bad.items())), "; ")
     if not skip:
         what = f"{len(bad):,} of {len(paths):,} images" if len(bad) > 1 else "an image"
         mend = f"replace or delete {'them' if len(bad) > 1 else 'it'}, or add --bad_images skip"
-        raise BadInput(f"{what} cannot be read: {named}{more}: {mend}")
-    announce(f"Left out: {counted(len(bad), 'image')} that cannot be read: {named}{more}.")
+        raise BadInput(f"{what} cannot be read: {these}: {mend}")
+    announce(f"Left out: {counted(len(bad), 'image')} that cannot be read: {these}.")

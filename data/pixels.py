@@ -4,7 +4,9 @@ import errno
 import functools
 import io
 import os
+import stat
 import struct
+import zlib
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ FORMATS = {"PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "PPM", "JPEG2000
 DEEP_GREY = {"I", "I;16", "I;16B", "I;16L", "I;16N", "F"}  # Pillow's modes of more than 8 bits
 GREY = {"1", "L", "LA", *DEEP_GREY}
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-OF_THIS_PROCESS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # errors that no file is to blame for
+OF_THE_FILE = {None, errno.EINVAL, errno.ENOENT, errno.ELOOP}  # other errors are of the disk, the rights, the process
 
 
 class BadImage(Exception):
@@ -39,14 +41,16 @@ def suffixes() -> frozenset[str]:
 
 
 def read(path: str, use):
-    """Return use(image), where `image` is the file at `path`, opened by Pillow. Raises BadImage.
+    """Return use(image), where `image` is the file at `path`, opened by Pillow.
 
-    A PNG that Pillow refuses is read once more without its metadata, which may be all that is damaged.
+    A PNG that Pillow refuses is read once more without its metadata, which may be all that is damaged. Raises BadImage,
+    and OSError if the file cannot be read at all, as without permission.
     """
     try:
-        if not os.path.isfile(path):
-            raise BadImage("missing, or not a file")
-        if os.path.getsize(path) == 0:
+        info = os.stat(path)
+        if not stat.S_ISREG(info.st_mode):
+            raise BadImage("not a file")
+        if info.st_size == 0:
             raise BadImage("empty")
         try:
             with Image.open(path, formats=formats()) as image:
@@ -56,17 +60,22 @@ def read(path: str, use):
                 raise
         with Image.open(plain, formats=["PNG"]) as image:
             return use(image)
-    except (BadImage, MemoryError):
+    except BadImage:
         raise
+    except MemoryError as error:
+        raise BadImage("too large for the memory here") from error
+    except FileNotFoundError as error:
+        raise BadImage("missing, or a link to nothing") from error
     except Exception as error:  # Pillow's readers raise many kinds of error
-        if getattr(error, "errno", None) in OF_THIS_PROCESS:
+        if getattr(error, "errno", None) not in OF_THE_FILE:
+            error.filename = path
             raise
         unknown = isinstance(error, Image.UnidentifiedImageError)
         raise BadImage("of no kind that is read here" if unknown else first_line(error)) from error
 
 
 def without_metadata(path: str) -> io.BytesIO | None:
-    """Return a PNG file's chunks that make its pixels, or None if it is no PNG."""
+    """Return a PNG file's chunks that make its pixels, and the EXIF block if it is whole; None if it is no PNG."""
     with open(path, "rb") as file:
         if file.read(8) != SIGNATURE:
             return None
@@ -74,13 +83,20 @@ def without_metadata(path: str) -> io.BytesIO | None:
         while len(head := file.read(8)) == 8:
             size, name = struct.unpack(">I4s", head)
             body = file.read(size + 4)  # and its checksum
-            if name[:1].isupper() or name == b"tRNS":  # critical chunks begin with a capital
+            whole = body[size:] == struct.pack(">I", zlib.crc32(name + body[:size]))
+            if name[:1].isupper() or name == b"tRNS" or (name == b"eXIf" and whole):  # critical ones have a capital
                 kept += [head, body]
     return io.BytesIO(b"".join(kept))
 
 
 def mode_of(image: Image.Image) -> str:
-    """Return the mode of an opened image, from its header."""
+    """Return the mode of an opened image, from its header. Raises BadImage for a TIFF that Pillow reads wrongly."""
+    tags = getattr(image, "tag_v2", {})
+    signed = tags.get(339, (1,))[0] == 2
+    if image.mode in DEEP_GREY and tags.get(262) == 0:
+        raise BadImage("a TIFF of more than 8 bits in which 0 is white: such are not read")
+    if (image.mode == "L" and signed) or (image.mode == "I" and tags and not signed):
+        raise BadImage("a TIFF of signed 8-bit or unsigned 32-bit values: such are not read")
     return image.mode
 
 
@@ -118,8 +134,7 @@ def upright(image: Image.Image) -> Image.Image:
 def to_mode(image: Image.Image, channels: int, white: int) -> Image.Image:
     """Convert any mode to 8-bit grey or RGB: `white` of DEEP_GREY becomes 255, transparency is laid on white."""
     if image.mode in DEEP_GREY:
-        values = np.asarray(image)
-        values = values.astype(np.float64 if values.dtype.kind == "f" else np.int64).clip(0, white)
+        values = np.asarray(image, np.float64).clip(0, white)
         image = Image.fromarray((values * 255 // white).astype(np.uint8))
     if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")

@@ -13,7 +13,7 @@ from data.batches import Batches
 from data.folder import Reading
 from fast.compile import choose_compile
 from run.ranks import Ranks
-from utils import BadInput
+from utils import BadInput, announce
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Plan:
     """The decisions; the checkpoint keeps them. A resumed run has the same, but may end later or compile otherwise.
 
     compile: "on" or "off". threads: PyTorch's, among which sums on a CPU are split. classes: their names, by label.
-    labels_crc32: a checksum of the images' labels. total_steps: the batch at which the run ends. schedule_steps: the
-    batches that a falling rate is planned for. white: that of data.LabelledImages.
+    labels_crc32, images_crc32: checksums. total_steps: the batch at which the run ends. schedule_steps: the batches
+    that a falling rate is planned for. white: that of data.LabelledImages.
     """
 
     seed: int
@@ -37,6 +37,7 @@ class Plan:
     total_steps: int
     schedule_steps: int
     white: int = 0
+    images_crc32: int = 0
 
 
 def how_to_read(opt: argparse.Namespace, before: dict | None) -> Reading:
@@ -56,7 +57,16 @@ def make_plan(opt: argparse.Namespace, data: LabelledImages, batches: Batches, r
     found = dict(classes=data.classes, n_images=len(data.labels))
     found["labels_crc32"] = zlib.crc32(data.labels.numpy().tobytes())
     if before and any(before[name] != value for name, value in found.items()):
-        raise BadInput("argument --resume: the checkpoint is from other images: name its own --data_root")
+        then, now = (f"{n:,} of {k} classes" for n, k in ((before["n_images"], len(before["classes"])),
+                                                         (len(data.labels), len(data.classes))))  # fmt: skip
+        raise BadInput(f"argument --resume: the checkpoint is from other images ({then}, here {now}): name its own "
+                       "--data_root, put the images back, or start a new run with --init_from")  # fmt: skip
+    images_crc32 = 0
+    for chunk in data.images.split(1000):
+        images_crc32 = zlib.crc32(chunk.contiguous().numpy(), images_crc32)
+    if before and before.get("images_crc32", images_crc32) != images_crc32:
+        announce("The images are not quite those of the checkpoint, or another version decoded them: the run resumes, "
+                 "but not bit-exactly.")  # fmt: skip
     found |= dict(n_classes=len(data.classes), channels=data.images.shape[1])
     for name in ("n_classes", "channels"):
         if getattr(opt, name) not in (None, found[name]):
@@ -77,4 +87,5 @@ def make_plan(opt: argparse.Namespace, data: LabelledImages, batches: Batches, r
     # the range that NumPy accepts
     seed = ranks.broadcast(secrets.randbelow(2**32)) if opt.seed is None else opt.seed
     return Plan(seed=seed, compile=compile, threads=torch.get_num_threads(), world_size=ranks.world_size,
-                total_steps=total_steps, schedule_steps=schedule_steps, white=data.white, **found)  # fmt: skip
+                total_steps=total_steps, schedule_steps=schedule_steps, white=data.white, images_crc32=images_crc32,
+                **found)  # fmt: skip

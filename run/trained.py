@@ -62,13 +62,17 @@ def further_trained(folder: Path, part: str, networks: dict) -> tuple[Path, dict
             raise BadInput(f"{str(folder)!r} has no {file.name}, and no checkpoint that can be read: "
                            "name a weight file or a run's folder")  # fmt: skip
         return checkpoint["file"], checkpoint, ""
-    with reading(file, networks):
-        packed = load_data(file)
-        step = batches_of(packed)
-        if checkpoint is None:
-            return file, packed, f"; {NEWEST} beside it is corrupt" if has_checkpoint(folder) else ""
-        is_further = checkpoint["finished"] if step is None else step >= checkpoint["step"]
-    if is_further:
+    try:
+        with reading(file, networks):
+            packed = load_data(file)
+            step = batches_of(packed)
+    except BadInput:
+        if checkpoint is None or checkpoint["format"] != FORMAT:
+            raise
+        return checkpoint["file"], checkpoint, f"; {file.name} cannot be read"
+    if checkpoint is None:
+        return file, packed, f"; {NEWEST} beside it is corrupt" if has_checkpoint(folder) else ""
+    if checkpoint["finished"] if step is None else step >= checkpoint["step"]:
         return file, packed, ""
     if checkpoint["format"] != FORMAT:
         return file, packed, f"; {NEWEST} beside it is from an older version, and cannot be read"

@@ -58,9 +58,13 @@ def test_folder_trains_and_resumes_bit_exactly_on_the_same_images_only(shapes, s
     (moved / "red disc" / "1.png").rename(moved / "green box" / "red.png")
     for other in (make_folder(tmp_path / "other", 5), moved):
         line = errors(train("--resume", resumed, "--data_root", other, "--max_steps", 30))
-        assert "argument --resume: the checkpoint is from other images: name its own --data_root" in line
+        assert "argument --resume: the checkpoint is from other images (210 of 3 classes, here " in line
     assert "--data_root: --dataset folder needs it" in errors(train("--resume", resumed, "--max_steps", 30))
     assert_same_run(resumed, straight)
+    again = shutil.copytree(shapes, tmp_path / "again")
+    shutil.copy(again / "red disc" / "1.png", again / "red disc" / "2.png")
+    result = train("--resume", resumed, "--data_root", again, "--max_steps", 17)
+    assert result.status == 0 and "The images are not quite those of the checkpoint" in result.err
 
 
 def test_names_of_the_classes_reach_the_record_tensorboard_and_generate(straight, tmp_path):
@@ -170,10 +174,17 @@ def test_metadata_that_cannot_be_read_do_not_matter(tmp_path, capsys):
     images = load_dataset("folder", tmp_path, 16).images
     assert len(images) == 5 and (images.int() - 77).abs().max() <= 1
     err = capsys.readouterr().err  # WebP counts as colour
-    assert err == "Images: 4 are grey and 1 in colour; --channels 1 reads all as grey.\n"
+    assert err == "Images: 4 in grey, 1 in colour; --channels 1 reads all as grey.\n"
+    turned, exif = Image.linear_gradient("L"), Image.Exif()
+    exif[274] = 6
+    texts.add_text("note", long, zip=True)
+    for name, metadata in (("plain.png", None), ("long.png", texts)):
+        turned.save(tmp_path / "b" / name, exif=exif, pnginfo=metadata)
+    images = load_dataset("folder", tmp_path, 16).images
+    assert torch.equal(images[-1], images[-2]) and (images[-1, 0, 0] == images[-1, 0, 15]).all()  # turned
     for path in tmp_path.glob("*/*"):
         path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(BadInput, match="5 of 5 images cannot be read"):
+    with pytest.raises(BadInput, match="7 of 7 images cannot be read"):
         load_dataset("folder", tmp_path, 16)
 
 
@@ -202,13 +213,27 @@ def test_deep_grey_is_scaled_by_what_the_training_images_hold(tmp_path, train, c
             Image.fromarray(values).save(tmp_path / "train" / name / "0.tif")
         data = load_dataset("folder", tmp_path / "train", 20)
         assert data.white == white and (data.images[0, 0] > 100).equal(torch.eye(20) > 0)
+    for tags in ({262: 0}, {339: 2}):  # white is zero, or signed bytes: Pillow reads both wrongly
+        image = Image.fromarray(values.astype(np.uint16)) if 262 in tags else Image.new("L", (20, 20))
+        image.save(tmp_path / "train" / "a" / "0.tif", tiffinfo=tags)
+        with pytest.raises(BadInput, match="a TIFF of .*: such are not read"):
+            load_dataset("folder", tmp_path / "train", 20)
 
 
 def test_run_among_the_images_is_refused_and_an_earlier_one_skipped(copy, straight, train, monkeypatch, capsys):
     monkeypatch.chdir(copy)
     for out_dir in ([], ["--out_dir", copy / "run"], ["--out_dir", "red disc/deeper"]):
         line = errors(train(*SMALL, "--data_root", copy, *out_dir))
-        assert f"is among the images of '{copy}': name a folder elsewhere, such as --out_dir ../copy_run" in line
+        assert f"writes among the images of '{copy}': name a folder elsewhere, such as --out_dir ../copy_run" in line
+    monkeypatch.chdir(copy.parent)
+    copy.rename("images")
+    line = errors(train(*SMALL, "--data_root", "images"))
+    assert (
+        "a run in '.' writes among the images of 'images': name a folder elsewhere, such as --out_dir images_run"
+        in line
+    )
+    Path("images").rename(copy)
+    monkeypatch.chdir(copy)
     assert sorted(os.listdir(copy)) == CLASSES
     wanted = load_dataset("folder", copy, 16)
     capsys.readouterr()
@@ -221,20 +246,58 @@ def test_run_among_the_images_is_refused_and_an_earlier_one_skipped(copy, straig
     )
 
 
-def test_folder_above_the_classes_is_recognised(tmp_path):
-    for part in ("Train", "TEST"):
-        make_folder(tmp_path / "data" / part, 1)
-    (tmp_path / "data" / "labels").mkdir()
-    with pytest.raises(
-        BadInput, match="holds parts of a data set, 'TEST' and 'Train', not its classes: .*data/Train'$"
-    ):
-        load_dataset("folder", tmp_path / "data", 16)
-    with pytest.raises(BadInput, match="holds 1 folder: make a folder of images for each class, .*, or name .*data'$"):
+def test_folder_above_the_classes_is_recognised(tmp_path, copy):
+    def refused(*parts):
+        root = tmp_path / "data"
+        shutil.rmtree(root, ignore_errors=True)
+        for part in parts:
+            (root / part).parent.mkdir(parents=True, exist_ok=True)
+            if part.endswith("*"):
+                shutil.copytree(copy, root / part[:-1], dirs_exist_ok=True)
+            else:
+                Image.new("L", (9, 9)).save(root / part)
+        try:
+            load_dataset("folder", root, 16)
+        except BadInput as error:
+            return re.search(
+                "holds parts of a data set, not its classes .*: name a part, such as '.*data/(.*)'", str(error)
+            )[1]
+
+    assert refused("TEST*", "Train*") == "Train"
+    assert refused("seg_test*", "seg_train*", "pred/a.png") == "seg_train"
+    assert refused("red disc/a.png", "cat/a.png", "val*") == "val"
+    assert refused("train*", "val*", "train/a.png", "val/a.png") == "train"  # stray pictures
+    assert refused("train*", "test/a.png", "labels/notes.png") == "train"
+    assert refused("train station/inside/a.png", "train/a.png", "bus/a.png") is None
+    assert refused("cat/2025/a.png", "dog/2025/a.png") is None
+    shutil.rmtree(tmp_path / "data")
+    with pytest.raises(BadInput, match="holds 1 folder: make a folder of images for each class, .*, or name .*copy'$"):
         load_dataset("folder", tmp_path, 16)
-    (tmp_path / "data" / "labels").rmdir()
-    Image.new("L", (20, 20)).save(tmp_path / "data" / "Train" / "a.png")
-    Image.new("L", (20, 20)).save(tmp_path / "data" / "TEST" / "a.png")
-    assert load_dataset("folder", tmp_path / "data", 16).classes == ["TEST", "Train"]  # with images of their own
+
+
+def test_links_that_hide_images_are_named(copy):
+    (copy / "a twin").symlink_to("green box")
+    with pytest.raises(BadInput, match="green box' and .*/a twin' are the same folder: remove the link to it"):
+        load_dataset("folder", copy, 16)
+    (copy / "a twin").unlink()
+    (copy / "elsewhere").symlink_to("no such place")
+    with pytest.raises(BadInput, match="elsewhere' is a link to nothing: mend or remove it"):
+        load_dataset("folder", copy, 16)
+
+
+def test_images_that_are_left_out_decide_nothing(copy, monkeypatch):
+    for path in copy.glob("*/*.png"):
+        Image.open(path).convert("L").save(path)
+    wanted = load_dataset("folder", copy, 16).images
+    bad = copy / "red disc" / "bad.png"
+    Image.effect_noise((40, 40), 99).convert("RGB").save(bad)
+    bad.write_bytes(bad.read_bytes()[:-90])
+    assert torch.equal(load_dataset("folder", copy, 16, reading=Reading(skip_bad=True)).images, wanted)
+    for path in copy.glob("*/*.png"):
+        path.write_bytes(path.read_bytes()[:60])
+    monkeypatch.setattr(folder, "MEMORY_SHARE", 0)
+    with pytest.raises(BadInput, match="13 of 13 images cannot be read"):
+        load_dataset("folder", copy, 16)
 
 
 def test_files_of_many_kinds_are_read_and_the_others_counted(tmp_path, capsys):
@@ -261,7 +324,7 @@ def test_channels_convert_a_folder_and_are_kept(copy, train, tmp_path):
         Image.open(path).convert("L").save(path)
     flags = [*SMALL, "--data_root", copy, "--seed", 2, "--max_steps", 1]
     assert (
-        "Images: 4 are grey and 8 in colour; --channels 1 reads all as grey."
+        "Images: 4 in grey, 8 in colour; --channels 1 reads all as grey."
         in train(*flags, "--out_dir", tmp_path / "both").err
     )
     result = train(*flags, "--channels", 1, "--out_dir", tmp_path / "run")
@@ -275,15 +338,15 @@ def test_channels_convert_a_folder_and_are_kept(copy, train, tmp_path):
 
 
 def test_many_classes_come_in_natural_order_and_share_a_grid_of_twenty(tmp_path, train):
-    names = [str(n) for n in range(25)]
-    for name in names:
+    names = [*map(str, range(22)), "cat", "cat2", "cat10"]
+    for number, name in enumerate(names):
         (tmp_path / "data" / name).mkdir(parents=True)
-        Image.new("L", (16, 16), 10 * int(name)).save(tmp_path / "data" / name / "a.png")
+        Image.new("L", (16, 16), 10 * number).save(tmp_path / "data" / name / "a.png")
     data = load_dataset("folder", tmp_path / "data", 16)
     assert data.classes == names and data.images[:, 0, 0, 0].tolist() == [10 * n for n in range(25)]
     known = sorted(names)  # as a checkpoint or a weight file of before has them
     data = load_dataset("folder", tmp_path / "data", 16, reading=Reading(known))
-    assert data.classes == known and data.images[:, 0, 0, 0].tolist() == [10 * int(name) for name in known]
+    assert data.classes == known and data.images[:, 0, 0, 0].tolist() == [10 * names.index(name) for name in known]
     flags = [*SMALL, "--data_root", tmp_path / "data", "--batch_size", 25, "--seed", 2, "--max_steps", 10]
     result = train(*flags, "--out_dir", tmp_path / "run")
     assert result.status == 0 and result.err.count("Sample grids: the first 20 of 25 classes.") == 1

@@ -105,7 +105,7 @@ HOSTILE = [  # the command line, and a part of the line that it must print
     ("train_judge --dataset folder --data_root good --out a.pth", "--test_root: --dataset folder needs it"),
     ("acgan --dataset folder", "--data_root: --dataset folder needs it: name the folder of your classes' folders"),
     ("acgan --dataset folder --data_root none", "'none' is missing: name a folder that holds a folder for each class"),
-    (f"acgan --dataset folder --data_root {'a' * 300}", "aaa' is missing: name a folder"),
+    (f"acgan --dataset folder --data_root {'a' * 300}", "aaa' (File name too long): allow reading it"),
     ("acgan --dataset folder --data_root text.pth", "'text.pth' is a file: name a folder that"),
     (
         "acgan --dataset folder --data_root empty",
@@ -116,22 +116,28 @@ HOSTILE = [  # the command line, and a part of the line that it must print
     ("acgan --dataset folder --data_root 'empty class'", "holds no image: add some (PNG, JPEG, ...), or remove"),
     ("acgan --dataset folder --data_root text", "2.png' (of no kind that is read here): replace or delete it, or add"),
     ("acgan --dataset folder --data_root postscript", "2.png' (of no kind that is read here): replace"),
-    ("acgan --dataset folder --data_root pipe", "2.png' (missing, or not a file): replace"),
-    ("acgan --dataset folder --data_root dangling", "2.png' (missing, or not a file): replace"),
+    ("acgan --dataset folder --data_root pipe", "2.png' (not a file): replace"),
+    ("acgan --dataset folder --data_root dangling", "2.png' (missing, or a link to nothing): replace"),
     (
         "acgan --dataset folder --data_root 'zero bytes'",
         "an image cannot be read: 'zero bytes/green box/2.png' (empty): rep",
     ),
     ("acgan --dataset folder --data_root truncated", "2.png' (image file is truncated"),
     ("acgan --dataset folder --data_root webp", "2.webp' ("),
-    ("acgan --dataset folder --data_root loop", "is a link to a folder that is read already: remove it"),
+    (
+        "acgan --dataset folder --data_root loop",
+        "box/self' and 'loop/green box' are the same folder: remove the link to it",
+    ),
     ("acgan --dataset folder --data_root name", r"'green\nbox' cannot be printed as the name of a class: rename"),
     (
         "acgan --dataset folder --data_root good --channels 2",
         "--channels: images of a folder are read with 1 (grey) or",
     ),
     ("acgan --dataset folder --data_root good --bad_images drop", "--bad_images: invalid choice: 'drop'"),
-    ("acgan --dataset folder --data_root good --out_dir good/run", "'good/run' is among the images of 'good': name a"),
+    (
+        "acgan --dataset folder --data_root good --out_dir good/run",
+        "a run in 'good/run' writes among the images of 'good': name a",
+    ),
     ("acgan --dataset folder --data_root good --n_classes 10", "--n_classes: folder has 3, not 10"),
     # places to write to
     ("acgan --out_dir text.pth/run", "--out_dir: cannot write to 'text.pth/run'"),
