@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, assert_same_run, errors, files, read_board, read_rows
 
 import acgan
+from run import checkpoint
 from run.checkpoint import NEWEST, PREVIOUS, random_state, read_checkpoint, restore_random_state
 
 SMALL = ["--seed", 4, "--batch_size", 24, "--img_size", 16, "--latent_dim", 4, "--log_interval", 1,
@@ -262,6 +263,19 @@ def test_previous_checkpoint_replaces_a_corrupt_newest(straight, copy, train):
     assert read_checkpoint(copy)["step"] == STEPS
     (copy / NEWEST).unlink()
     assert read_checkpoint(copy)["step"] < STEPS  # the corrupt one did not take its place
+
+
+def test_newest_checkpoint_that_cannot_be_read_is_no_corrupt_one_and_stays(copy, train, monkeypatch):
+    load_data = checkpoint.load_data
+
+    def fails_once(path):
+        if path.name == NEWEST:
+            raise PermissionError(13, "Permission denied", str(path))
+        return load_data(path)
+
+    monkeypatch.setattr(checkpoint, "load_data", fails_once)
+    line = fails(train, copy, "--resume", copy, "--max_steps", STEPS)
+    assert f"cannot read '{copy / NEWEST}' (Permission denied): mend that, or move it away" in line
 
 
 def test_moments_that_lie_otherwise_in_memory_than_their_parameters_do_no_harm(straight, copy, train):
