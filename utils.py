@@ -2,12 +2,14 @@
 
 import argparse
 import contextlib
+import errno
 import io
 import math
 import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import zipfile
@@ -20,6 +22,8 @@ from tqdm import tqdm
 MEMORY_SHARE = 0.25  # of the memory, or of a GPU's free memory, that the images of a data set may take
 PART_FILE = ".acgan-{pid}.part"  # the name of a file that is still being written
 OLD_TORCH_SAVE = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")  # how its files began before PyTorch 1.6
+NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)  # some network file systems'
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class BadInput(Exception):
@@ -49,8 +53,8 @@ def local_ranks() -> int:
 
 
 def on_terminal() -> bool:
-    """Return True if both outputs are terminals. A piped run shows no bars."""
-    return sys.stdout.isatty() and sys.stderr.isatty()
+    """Return True if both outputs are terminals. A piped run shows no bars, nor does one in a notebook."""
+    return all(getattr(stream, "isatty", bool)() for stream in (sys.stdout, sys.stderr))
 
 
 def counted(n: int, noun: str) -> str:
@@ -78,9 +82,10 @@ def print_line(line: str, stream=None, must_succeed: bool = False) -> None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return True if NumPy or PyTorch raised `error` because memory does not suffice."""
+    """Return True if NumPy, PyTorch or the system raised `error` because memory does not suffice."""
     words = ("can't allocate memory", "Storage size calculation overflowed", "out of memory")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+    without = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    return without or any(word in str(error) for word in words)
 
 
 def first_line(error: BaseException) -> str:
@@ -95,14 +100,44 @@ def seed_everything(seed: int) -> None:
 
 
 def choose_device(name: str) -> tuple[torch.device, str]:
-    """Turn `--device` into a device and a line that says which and why. Raises BadInput if it is not there."""
+    """Turn `--device` into a device and a line that says which and why; auto is CUDA if it is there, else the CPU.
+
+    Raises BadInput if it is not there, or a GPU that cannot compute.
+    """
     found = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name not in ("auto", *found):
+        raise BadInput(f"argument --device: {name} is not available here; PyTorch finds: {', '.join(found)}")
+    device = torch.device(name if name != "auto" else "cuda" if "cuda" in found else "cpu")
+    if device.type == "cuda" and local_ranks() == 1:  # of several ranks each checks its own GPU, in run/ranks.py
+        check_gpu(device)
     if name != "auto":
-        if name not in found:
-            raise BadInput(f"argument --device: {name} is not available here; PyTorch finds: {', '.join(found)}")
-        return torch.device(name), f"Device: {name}."
-    why = {"cuda": "a GPU", "mps": "this Mac's GPU", "cpu": f"no GPU (threads: {torch.get_num_threads()})"}
-    return torch.device(found[0]), f"Device: {found[0]}, as PyTorch finds {why[found[0]]}."
+        return device, f"Device: {name}."
+    if device.type == "cuda":
+        return device, "Device: cuda, as PyTorch finds a GPU."
+    threads = f"threads: {torch.get_num_threads()}"
+    if "mps" in found:
+        return device, f"Device: cpu ({threads}). This Mac's GPU is there to try with --device mps: nobody has yet."
+    return device, f"Device: cpu, as PyTorch finds no GPU ({threads})."
+
+
+def check_gpu(device: torch.device) -> None:
+    """Raise BadInput unless a GPU can convolve: PyTorch finds also cards that are too old or too new for it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # several lines about the same
+            ones = torch.ones(1, 1, 3, 3, device=device)
+            torch.nn.functional.conv2d(ones, ones).item()
+    except Exception as error:  # PyTorch raises many kinds of error
+        if out_of_memory(error):
+            raise
+        card = "the GPU"
+        with contextlib.suppress(Exception):
+            capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+            card = f"{torch.cuda.get_device_name(device)} (compute capability {capability})"
+        raise BadInput(
+            f"argument --device: {card} cannot compute here ({first_line(error)}), and this PyTorch is built for "
+            f"{' '.join(torch.cuda.get_arch_list())}: add --device cpu, or install a PyTorch that is built for the card"
+        ) from error
 
 
 def nearest_folder(path: Path) -> Path:
@@ -138,16 +173,26 @@ def load_data(path: Path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is no such file, which then raises
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # the zip reader and the unpickler raise many kinds of error
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # broken data, or a seek to nowhere
+            raise
         raise ValueError(f"{path} is corrupt, or does not hold plain data") from error
 
 
-def atomic_write(path: Path, write) -> None:
-    """Write a whole file or none: to a temporary file beside it, flushed to the disk, then renamed.
+def sync(descriptor: int) -> None:
+    """Flush an open file or folder to the disk, where its file system can. Raises OSError if the disk fails."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FSYNC:
+            raise
+
+
+def atomic_write(path: Path, write, flush: bool = True) -> None:
+    """Write a whole file or none: to a temporary file beside it, then renamed.
 
     `write(buffer)` fills a binary buffer. A missing folder is made, a link is followed. An OSError changes nothing.
+    With `flush` the file also survives a power cut.
     """
     buffer = io.BytesIO()  # with a buffer, a full disk is an OSError and not an error of the zip writer
     write(buffer)
@@ -158,24 +203,34 @@ def atomic_write(path: Path, write) -> None:
         with open(part, "wb") as file:
             file.write(buffer.getbuffer())
             file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                sync(file.fileno())
         os.replace(part, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             part.unlink()
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None  # a full disk names none, the rest the part
         raise
 
 
-def catch_signals(handler=None) -> dict:
-    """Let `handler`, or else one that raises Stopped, handle Ctrl-C, TERM and a closed terminal; return the old."""
+def catch_signals(handler) -> dict:
+    """Let `handler` handle Ctrl-C, TERM and a closed terminal, and return those before, for put_back().
 
-    def stop(number, frame):
-        raise Stopped(number)
-
+    Outside Python's first thread, to which signals go, nothing changes; nor for a signal that is handled by C code.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
     numbers = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
         numbers.append(signal.SIGHUP)
-    return {number: signal.signal(number, handler or stop) for number in numbers}
+    return {number: signal.signal(number, handler) for number in numbers if signal.getsignal(number) is not None}
+
+
+def put_back(handlers: dict) -> None:
+    """Undo catch_signals."""
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 class StopRequest:
@@ -200,8 +255,7 @@ class StopRequest:
             raise Stopped(number)
 
     def __exit__(self, *exc_info):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        put_back(self._previous)
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -247,7 +301,8 @@ IMG_SIZE = number(int, "a multiple of 4 from 16 to 65532, such as 28 or 32", lam
 def add_device_flag(group) -> None:
     """Add --device."""
     devices = ["auto", "cpu", "cuda", "mps"]
-    group.add_argument("--device", choices=devices, default="auto", help="where to compute; auto prefers a GPU")
+    where = "where to compute; auto is cuda if it is there, else cpu"
+    group.add_argument("--device", choices=devices, default="auto", help=where)
 
 
 def report_error(prog: str, line: str) -> None:
@@ -255,33 +310,73 @@ def report_error(prog: str, line: str) -> None:
     print_line(f"{prog}: error: {f'rank {rank()}: ' if rank() else ''}{line}", sys.stderr)
 
 
-def run_command(prog: str, command, too_large: str = "ask for fewer images", stopped: str = "nothing was written"):
-    """Call `command()` and return the script's exit status.
+def refused(error: Exception, too_large: str) -> str | None:
+    """Return what the system refused, and what to do (`too_large` for want of memory); None if that is not known."""
+    if out_of_memory(error):
+        return f"not enough memory: {too_large}"
+    if first_line(error).endswith((os.strerror(errno.EAGAIN), "can't start new thread")):
+        return f"too many processes or threads ({first_line(error)}): end some, or raise the limit (ulimit -u)"
+    if not isinstance(error, OSError):
+        return None
+    names = " or ".join(repr(str(name)) for name in (error.filename, error.filename2) if name is not None)
+    why = error.strerror or error
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"too many open files: raise the limit (ulimit -n){f'; the next was {names}' if names else ''}"
+    if error.errno in NO_SPACE:
+        return f"cannot write {names or 'the output'} ({why}): free space or name another place"
+    return f"cannot read or write {names or 'a file'} ({why}): mend that, or name another place"
 
-    That is the command's own, or 0. It is 2 after bad input, a failed write or too little memory: then `too_large` says
-    what to do. It is 128 + N after signal N: then `stopped` says what is left.
+
+@contextlib.contextmanager
+def usable_outputs():
+    """Inside the block stdout and stderr are there, and show also names that a terminal cannot; then as before."""
+
+    def put_back_errors(stream, errors):
+        with contextlib.suppress(OSError, ValueError):  # it flushes, as to a full disk
+            stream.reconfigure(errors=errors)
+
+    with contextlib.ExitStack() as stack:
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            if stream is None:  # closed by the shell
+                setattr(sys, name, stack.enter_context(open(os.devnull, "w")))
+                stack.callback(setattr, sys, name, None)
+            elif hasattr(stream, "reconfigure"):  # a notebook's has not
+                stack.callback(put_back_errors, stream, stream.errors)
+                stream.reconfigure(errors="backslashreplace")
+        yield
+
+
+def run_command(prog: str, command, too_large: str = "ask for fewer images", stopped: str = "nothing was written"):
+    """Call `command()` and return the script's exit status. Outputs and signals are as before then.
+
+    That is the command's own, or 0. It is 2 after bad input, a failed read or write or too little memory: then
+    `too_large` says what to do. It is 128 + N after signal N: then `stopped` says what is left.
     """
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the shell
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        elif hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(errors="backslashreplace")  # names that this terminal cannot show
-    catch_signals()
-    try:
-        return command() or 0
-    except BadInput as error:
-        report_error(prog, str(error))
-    except Stopped as signalled:
-        announce(f"Stopped: {stopped}.")
-        return signalled.exit_status
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        report_error(prog, f"not enough memory: {too_large}")
-    except OSError as error:
-        where = error.filename or "the output"
-        report_error(prog, f"cannot write {str(where)!r} ({error.strerror or error}): free space or name another place")
-    return 2
+    over, previous = False, {}
+
+    def stop(number, frame):
+        if not over:
+            raise Stopped(number)
+
+    with usable_outputs():
+        try:
+            previous = catch_signals(stop)
+            return command() or 0
+        except BadInput as error:
+            report_error(prog, str(error))
+        except Stopped as signalled:
+            announce(f"Stopped: {stopped}.")
+            return signalled.exit_status
+        except (MemoryError, RuntimeError, OSError) as error:
+            line = refused(error, too_large)
+            if line is None:
+                raise
+            report_error(prog, line)
+        finally:
+            over = True  # a signal while the handlers are put back comes too late
+            put_back(previous)
+        return 2
 
 
 def check_output(flag: str, path: Path, suffix: str) -> None:

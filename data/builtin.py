@@ -1,8 +1,10 @@
 """MNIST, which is bundled, and Fashion-MNIST, KMNIST and CIFAR-10, which torchvision downloads."""
 
 import contextlib
+import errno
 import gzip
 import io
+import re
 import sys
 import zlib
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from utils import BadInput, on_terminal
+from utils import BadInput, first_line, on_terminal
 
 BUNDLED = Path(__file__).resolve().parent / "mnist"
 DOWNLOADS = Path(__file__).resolve().parent / "downloads"
@@ -73,19 +75,27 @@ def fetch(name: str, data_root: Path, train: bool):
         return None
     missing = [part for part in (folder, *folder.parents) if not part.exists()]
     put = f"put {', '.join(files)} into {str(folder)!r}"
+    bars, printed = sys.stderr if on_terminal() else io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(sys.stderr if on_terminal() else io.StringIO()):  # its progress bars
+        with contextlib.redirect_stderr(bars), contextlib.redirect_stdout(printed):
             source = kind(data_root, train=train, download=True)
         return None if files == IDX else source
-    except PermissionError as error:
-        raise BadInput(f"argument --data_root: cannot write to {str(folder)!r}: name another folder") from error
     except Exception as error:  # torchvision raises many kinds of error
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
+            what = f"cannot read or write {str(error.filename or folder)!r} ({error.strerror})"
+            raise BadInput(f"argument --data_root: {what}: name another folder") from error
         for part in missing:
             with contextlib.suppress(OSError):
                 part.rmdir()  # made by torchvision and left empty
-        raise BadInput(
-            f"{name} is missing or corrupt, and no download works: connect this machine, or {put}"
-        ) from error
+        why = reason(error, printed.getvalue())
+        raise BadInput(f"{name} is missing or corrupt, and no download works ({why}): mend that, or {put}") from error
+
+
+def reason(error: Exception, printed: str) -> str:
+    """Return why a download failed: torchvision quotes it in its own error, or prints it, or raises it as it is."""
+    quoted = re.findall(r"(?:got|\(trying next\)):\n(.+)", f"{printed}\n{error}")
+    why = quoted[-1] if quoted else first_line(error)
+    return why.removeprefix("<urlopen error ").rstrip(">.")
 
 
 def resize(images: np.ndarray, img_size: int) -> torch.Tensor:

@@ -59,9 +59,14 @@ class EpochScorer:
         return scores | {"intra_fid": metrics.intra_fid(self.real, drawn, self.n_classes)}
 
     def lowest_intra_fid(self, best_generator: Path) -> float:
-        """Return the lowest intra-FID so far; infinite if no G is kept yet, or another judge scored it."""
+        """Return the lowest intra-FID so far; infinite if no G is kept yet, or another judge scored it.
+
+        A file that is there but cannot be read may be the best: nothing is lower.
+        """
         try:
             packed = load_data(best_generator)
             return packed["scores"]["intra_fid"] if packed["judge_sha256"] == self.judge_sha256 else math.inf
-        except (OSError, ValueError, KeyError, TypeError):
+        except OSError as error:
+            return math.inf if isinstance(error, FileNotFoundError) else -math.inf
+        except (ValueError, KeyError, TypeError):
             return math.inf

@@ -1,13 +1,18 @@
 """A compiled generator."""
 
 import copy
+import errno
 import logging
+import os
+import re
 import time
 
 import torch
 
 from utils import BadInput, announce, first_line, on_terminal
 
+# a compiler's or a linker's error, without the place in the text that it is about
+COMPLAINT = re.compile(r"\b(fatal )?error( [A-Z]+\d+)?: .+|\bld(\.\w+)?: (?!warning).+", re.IGNORECASE)
 BREAK_EVEN = 1_500  # batches of a run; compiling won its time back after 800 with AVX-512, once after 1,300 without
 
 
@@ -34,17 +39,29 @@ def compiled(generator, batch_size: int, wrap):
     """
     if on_terminal():
         announce("Compiling the generator; this takes about half a minute, longer on a slow machine ...")
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns if CUDA has no GPU
-    start = time.monotonic()
+    logger, start = logging.getLogger("torch.utils.cpp_extension"), time.monotonic()
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns if CUDA has no GPU
     try:
         fast = wrap(CompiledGenerator(generator))
         rehearse(generator, fast, batch_size)
     except Exception as error:  # a missing compiler, an unsupported Python, ...: there is a long list
-        announce(f"Compile: off, as it failed here: {first_line(error)}")
+        announce(f"Compile: off, as it failed here: {complaint(error)}")
         return wrap(generator)
+    finally:
+        logger.setLevel(level)
     if on_terminal():
         announce(f"Compiled in {time.monotonic() - start:.0f} s.")
     return fast
+
+
+def complaint(error: Exception) -> str:
+    """Return the first error in what the compiler printed, if PyTorch quotes it, or else the error's first line."""
+    output = str(error).partition("\nOutput:\n")[2]
+    if found := COMPLAINT.search(output):
+        return found[0]
+    line = output.partition("\n")[0].strip() or first_line(error)
+    return f"{line}: {os.environ.get('TORCHINDUCTOR_CACHE_DIR')}" if line.endswith(os.strerror(errno.ENOSPC)) else line
 
 
 class CompiledGenerator(torch.nn.Module):

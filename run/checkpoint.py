@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to resume bit-exactly, written so that no fault loses it."""
+"""Checkpoints: all that a run needs to resume, on a CPU bit-exactly, written so that no fault loses it."""
 
 import dataclasses
 import os
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from run.plan import Plan
-from utils import BadInput, Diverged, announce, atomic_write, load_data, out_of_memory
+from utils import NO_FSYNC, BadInput, Diverged, announce, atomic_write, load_data, out_of_memory, sync
 
 NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 FORMAT, OLD_FORMATS = "acgan checkpoint 3", ("acgan checkpoint 1", "acgan checkpoint 2")
@@ -76,15 +76,15 @@ def restore(checkpoint: dict, parts: dict, device: torch.device) -> int:
                 state = {"state": state["state"], "param_groups": part.state_dict()["param_groups"]}  # of the options
             part.load_state_dict(state)
         name = "random state"
-        exact = restore_random_state(checkpoint["random"], device)
+        inexact = restore_random_state(checkpoint["random"], device)
     except Exception as error:  # the checksums were right, so the file was written like this
         if out_of_memory(error):
             raise
         raise BadInput(f"argument --resume: the checkpoint's {name} does not fit its options") from error
     if checkpoint["file"].name == PREVIOUS:  # the newest is corrupt, and must not replace a good one
         checkpoint["file"].with_name(NEWEST).unlink(missing_ok=True)
-    if not exact:
-        announce("The checkpoint is from another device or number of threads: the run resumes, but not bit-exactly.")
+    if inexact:
+        announce(f"The run resumes, but not bit-exactly: {inexact}.")
     return checkpoint["step"]
 
 
@@ -122,7 +122,10 @@ def read_checkpoint(folder: Path, quiet: bool = False) -> dict:
             if checkpoint["format"] == FORMAT and path.name == PREVIOUS and not quiet:
                 announce(f"{folder / NEWEST} is corrupt or missing: resuming from {PREVIOUS} instead.")
             return checkpoint
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError):
+        except OSError as error:  # it may be good: none that is older takes its place
+            what = f"cannot read {str(path)!r} ({error.strerror or error})"
+            raise BadInput(f"argument --resume: {what}: mend that, or move it away") from error
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError):
             continue
     raise BadInput(f"argument --resume: {str(paths[0])!r} is corrupt, or is not a checkpoint: name another run")
 
@@ -199,19 +202,20 @@ def random_state(device: torch.device) -> dict:
     return state
 
 
-def restore_random_state(state: dict, device: torch.device) -> bool:
-    """Undo random_state; return False if another device or number of threads rules out an exact continuation."""
+def restore_random_state(state: dict, device: torch.device) -> str:
+    """Undo random_state; return why the continuation is not exact, or nothing if it is."""
     torch.set_rng_state(state["torch"])
     kind, *rest = state["numpy"]["rest"]
     if not 0 <= rest[0] <= 624 or not state["numpy"]["keys"].any():  # NumPy does not check: no draw from zeros ends
         raise ValueError("no position in NumPy's random numbers")
     np.random.set_state((kind, state["numpy"]["keys"].numpy().astype(np.uint32), *rest))
     if state["device"] != device.type:
-        return False
+        return "its checkpoint is from another device"
     if device.type == "cpu":
-        return int(state["threads"]) == torch.get_num_threads()
+        same = int(state["threads"]) == torch.get_num_threads()
+        return "" if same else "its checkpoint is from another number of threads"
     getattr(torch, device.type).set_rng_state(state["on_device"])
-    return True
+    return "a GPU's libraries choose their algorithms anew"
 
 
 def all_finite(state) -> bool:
@@ -232,11 +236,14 @@ def all_finite(state) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut, where the system can (not on Windows)."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Make renames in `folder` survive a power cut, where the system can open and flush one. Raises OSError."""
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        if isinstance(error, PermissionError | IsADirectoryError) or error.errno in NO_FSYNC:
+            return  # on Windows, for one
+        raise
+    try:
+        sync(descriptor)
     finally:
         os.close(descriptor)

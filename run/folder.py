@@ -5,12 +5,13 @@ import errno
 import json
 import os
 import re
+import shutil
 from datetime import datetime
 from pathlib import Path
 
 from run.checkpoint import NEWEST, PREVIOUS, has_checkpoint, read_checkpoint
 from run.weights import BEST, WEIGHTS
-from utils import PART_FILE, BadInput, announce, check_writable, rank
+from utils import PART_FILE, BadInput, announce, atomic_write, check_writable, rank
 
 GRIDS = ("images", "images/fixed_z")
 OUR_PART = re.compile(re.escape(PART_FILE).replace(r"\{pid\}", "[0-9]+"))
@@ -31,7 +32,10 @@ def check_out_dir(out_dir: Path) -> None:
 
 
 def earlier_log_dir(out_dir: Path) -> Path | None:
-    """Return the log folder named in the config.json of `out_dir`, or None; BadInput if it is not from a run."""
+    """Return the log folder named in the config.json of `out_dir`, or None.
+
+    Raises BadInput if it is not from a run, and OSError if it cannot be read.
+    """
     config = out_dir / "config.json"
     if not config.exists():
         return None
@@ -40,7 +44,7 @@ def earlier_log_dir(out_dir: Path) -> Path | None:
         log_dir = settings["log_dir"]
         if not re.fullmatch(r"logs/[\w-]+", log_dir) or not settings.keys() >= {"options", "seed", "versions"}:
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(f"argument --out_dir: {str(config)!r} is not from a run: name another folder") from error
     return out_dir / log_dir
 
@@ -86,9 +90,21 @@ def set_aside_earlier_run(out_dir: Path) -> None:
         kept = new_log_dir(out_dir)
     for name in found:
         (kept / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(out_dir / name, kept / name)
+        move(out_dir / name, kept / name)
     announce(f"The earlier run's files were moved to {kept}")
     drop_older_checkpoints(out_dir)
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file; to another disk, which logs/ may be on, copy it whole and then delete it. Raises OSError."""
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with open(source, "rb") as file:
+            atomic_write(target, lambda copy: shutil.copyfileobj(file, copy))
+        source.unlink()
 
 
 def drop_older_checkpoints(out_dir: Path) -> None:

@@ -7,7 +7,7 @@ from data.drawing import GRID_CLASSES, draw_images, fixed_noise
 from run.checkpoint import Checkpoints
 from run.plan import Plan
 from run.ranks import Ranks, cause
-from run.record import Record
+from run.record import Record, disk_errors_hidden
 from utils import StopRequest, announce
 
 
@@ -28,6 +28,7 @@ class Run:
         with contextlib.ExitStack() as stack:
             self.stop, self.record = stack.enter_context(StopRequest()), None
             if not self.ranks.rank:
+                stack.enter_context(disk_errors_hidden())
                 self.record = Record(self.opt, self.plan, self.ranks.device, len(self.all_batches), self.step)
                 stack.callback(self.record.close)
                 self.checkpoints = Checkpoints(self.opt, self.plan, self.ranks.device, self.record, self.parts)

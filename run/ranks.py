@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import BadInput, Diverged, local_ranks, rank
+from utils import BadInput, Diverged, check_gpu, local_ranks, rank
 
 
 class LostRank(Exception):
@@ -22,7 +22,7 @@ class Ranks:
     PyTorch's DistributedDataParallel averages the gradients, over NCCL on GPUs and gloo on CPUs. Rank 0 draws from the
     random streams as a single process does. Every other rank seeds its streams at each batch, from the run's seed, its
     number and the batch. So one checkpoint, of rank 0, holds all that matters. On "cuda" each rank takes the GPU of its
-    local number; more ranks than GPUs are BadInput.
+    local number; more ranks than GPUs are BadInput, and so is a GPU that cannot compute.
     """
 
     def __init__(self, device: torch.device):
@@ -37,6 +37,7 @@ class Ranks:
                 raise BadInput(f"torchrun: this machine has {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
+            check_gpu(self.device)
         store, number, world_size = next(dist.rendezvous("env://"))
         # torchrun keeps its store through a restart, with the addresses of ranks that no longer exist
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

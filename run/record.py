@@ -5,13 +5,14 @@ import dataclasses
 import io
 import json
 import math
-import os
 import platform
 import shutil
+import subprocess
 import sys
 import threading
 import time
 import warnings
+from operator import attrgetter
 from pathlib import Path
 from shlex import quote
 
@@ -27,7 +28,7 @@ from run.checkpoint import as_data
 from run.film import write_film
 from run.plan import Plan
 from run.weights import BEST, WEIGHTS, save_network
-from utils import BadInput, Diverged, announce, atomic_write, first_line, on_terminal, print_line
+from utils import BadInput, Diverged, announce, atomic_write, first_line, on_terminal, print_line, sync
 
 LOOK_INTERVAL = 0.3  # seconds between two readings of the figures for the bar
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,7 +70,6 @@ class Record:
         rows = folder.rows_before(self.out_dir / "metrics.jsonl", step)
         atomic_write(self.out_dir / "metrics.jsonl", lambda file: file.write(rows))
         self.unwritten = b""  # rows that a full disk refused
-        threading.excepthook = hide_disk_errors  # of the event writer's thread; add_scalar raises them too
         self.open_board(step)
         if not step:
             self.to_board("add_text", "classes", ", ".join(plan.classes))  # the columns of the grids
@@ -92,8 +92,7 @@ class Record:
         with self.tolerating("the last records"):
             self.write_rows()
         with self.tolerating("the last curves"):
-            if self.board is not None:
-                self.board.close()
+            self.close_board()
         if self.lock is not None:
             self.lock.close()
 
@@ -114,10 +113,20 @@ class Record:
             return
         with self.tolerating("the curves in logs/"):
             try:
-                getattr(self.board, method)(*args)
+                attrgetter(method)(self.board)(*args)
             except OSError:
-                self.board = None
+                with contextlib.suppress(OSError):
+                    self.close_board()
                 raise
+
+    def close_board(self) -> None:
+        """End TensorBoard's writer, and wait for its thread, which shows its errors too. Raises OSError."""
+        board, self.board = self.board, None
+        if board is not None:
+            try:
+                board.flush()
+            finally:
+                board.file_writer.close()
 
     def write_row(self, step: int, row: dict) -> None:
         """Append a row to metrics.jsonl, after the rows that a full disk refused before."""
@@ -135,7 +144,7 @@ class Record:
         """Move all that was recorded so far to the disk."""
         self.to_board("flush")
         with self.tolerating("metrics.jsonl"), open(self.out_dir / "metrics.jsonl", "ab") as file:
-            os.fsync(file.fileno())
+            sync(file.fileno())
 
     def graph(self, generator, discriminator, z, labels, img) -> None:
         """Write the graphs of both networks as one, as TensorBoard keeps one a run."""
@@ -224,10 +233,11 @@ class Record:
         """
         # a run that is about to end as diverged may draw NaN
         grid = make_grid(imgs.cpu(), nrow=min(self.plan.n_classes, GRID_CLASSES), normalize=True).nan_to_num()
-        path = self.out_dir / "images" / ("fixed_z" if tag == "fixed_z" else "") / f"{step}.png"
+        path, png = self.out_dir / "images" / ("fixed_z" if tag == "fixed_z" else "") / f"{step}.png", io.BytesIO()
+        save_image(grid, png, format="png")
         with self.tolerating("sample grids"):
-            atomic_write(path, lambda file: save_image(grid, file, format="png"))
-        self.to_board("add_image", tag, grid, step)
+            atomic_write(path, lambda file: file.write(png.getvalue()), flush=False)
+        self.to_board("file_writer.add_summary", image_summary(tag, png.getvalue(), *grid.shape), step)
 
     def scores(self, step: int, scores: dict[str, float]) -> None:
         """Record the scores of the EMA after batch `step`."""
@@ -263,7 +273,7 @@ def command_to_continue(opt, plan: Plan) -> str:
     """Return what to type to continue a run as it was begun, with those options that no checkpoint restores."""
     words = [sys.executable]
     if plan.world_size > 1:
-        words = [Path(sys.executable).with_name("torchrun"), f"--nproc_per_node={plan.world_size}"]
+        words += ["-m", "torch.distributed.run", f"--nproc_per_node={plan.world_size}"]
     words += [ROOT / "acgan.py", "--resume", opt.out_dir]
     for name, default in (("data_root", None), ("max_steps", None), ("device", "auto"), ("bad_images", "refuse")):
         if getattr(opt, name) != default:
@@ -275,7 +285,8 @@ def typed(*words) -> str:
     """Return words as one types them in a shell, with paths below the current folder as from there."""
     here = Path.cwd()
     short = [Path(word).relative_to(here) if Path(str(word)).is_relative_to(here) else word for word in words]
-    return " ".join(quote(str(word)) for word in short)
+    words = [str(word) for word in short]
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else " ".join(map(quote, words))
 
 
 class BothNetworks(torch.nn.Module):
@@ -295,10 +306,27 @@ def read_metrics(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
     return dict(zip(metrics, values, strict=True))
 
 
-def hide_disk_errors(args) -> None:
-    """Show no traceback for a full disk in a thread; for threading.excepthook."""
-    if not isinstance(args.exc_value, OSError):
-        threading.__excepthook__(args)
+def image_summary(tag: str, png: bytes, channels: int, height: int, width: int):
+    """Return what TensorBoard's writer takes for an image: add_image would encode it once more."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    image = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=png)
+    return Summary(value=[Summary.Value(tag=tag, image=image)])
+
+
+@contextlib.contextmanager
+def disk_errors_hidden():
+    """Inside the block a full disk shows no traceback of the event writer's thread: add_scalar raises it too."""
+
+    def hide(args):
+        if not isinstance(args.exc_value, OSError):
+            before(args)
+
+    before, threading.excepthook = threading.excepthook, hide
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def versions() -> dict[str, str]:

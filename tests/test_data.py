@@ -6,6 +6,8 @@ import pickle
 import shutil
 import struct
 import tarfile
+from ssl import SSLCertVerificationError
+from urllib.error import HTTPError, URLError
 
 import numpy as np
 import pytest
@@ -177,9 +179,8 @@ def test_cifar10_from_its_archive_and_no_other(tmp_path, monkeypatch):
     (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
     archive.unlink()
     monkeypatch.setattr(datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
-    with pytest.raises(
-        BadInput, match="cifar10 is missing or corrupt, .*: connect this machine, or put cifar-10-python"
-    ):
+    wanted = r"cifar10 is missing or corrupt, and no download works \(.+\): mend that, or put cifar-10-python"
+    with pytest.raises(BadInput, match=wanted):
         load_dataset("cifar10", tmp_path, 32)
 
 
@@ -189,6 +190,58 @@ def test_no_files_and_no_network_says_what_to_put_where(name, tmp_path, monkeypa
     monkeypatch.setattr(kind, "mirrors", ["http://127.0.0.1:9/"])
     with pytest.raises(BadInput) as error:
         load_dataset(name, tmp_path, 28)
-    assert f"{name} is missing or corrupt, and no download works: connect this machine, or put" in str(error.value)
+    assert f"{name} is missing or corrupt, and no download works ([Errno 111] Connection refused): mend that, or " in (
+        str(error.value)
+    )
     assert f"into '{tmp_path / folder}'" in str(error.value) and files[0] in str(error.value)
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+URL = "https://example.com/file.gz"
+CERTIFICATE = "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: unable to get local issuer certificate"
+DOWNLOAD_ERRORS = [
+    (URLError(SSLCertVerificationError(1, CERTIFICATE)), CERTIFICATE),
+    (URLError(OSError("Tunnel connection failed: 407 Proxy Authentication Required")), "407 Proxy Authentication Requ"),
+    (HTTPError(URL, 503, "Service Unavailable", {}, None), "HTTP Error 503: Service Unavailable"),
+    (
+        HTTPError(URL, 302, "A redirect without end\nand more about it", {}, None),
+        "HTTP Error 302: A redirect without end",
+    ),
+    (TimeoutError("The read operation timed out"), "The read operation timed out"),
+    (ConnectionResetError(), "ConnectionResetError"),
+    (OSError(28, "No space left on device"), "No space left on device"),
+]
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist", "cifar10"])
+@pytest.mark.parametrize(("error", "words"), DOWNLOAD_ERRORS, ids=[words[:20] for _, words in DOWNLOAD_ERRORS])
+def test_download_that_fails_says_why(name, error, words, tmp_path, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(datasets.utils, "_get_redirect_url", fail)
+    with pytest.raises(BadInput, match=r"and no download works \((.+)\): mend that, or put .* into ") as raised:
+        load_dataset(name, tmp_path, 28)
+    assert words in str(raised.value) and "urlopen" not in str(raised.value) and "\n" not in str(raised.value)
+    assert capsys.readouterr().out == ""
+
+
+def test_download_that_fails_says_why_also_if_torchvision_only_prints_it(tmp_path, monkeypatch, capsys):
+    def download(self):
+        print("Downloading a file\nFailed to download (trying next):\nHTTP Error 403: Forbidden\n")
+        raise RuntimeError("Error downloading a file")
+
+    monkeypatch.setattr(datasets.FashionMNIST, "download", download)
+    with pytest.raises(BadInput, match=r"and no download works \(HTTP Error 403: Forbidden\): mend that, or put "):
+        load_dataset("fashion_mnist", tmp_path, 28)
+    assert capsys.readouterr().out == ""
+
+
+def test_download_into_a_folder_that_refuses_it_says_so(tmp_path, monkeypatch):
+    def makedirs(*args, **kwargs):
+        raise OSError(30, "Read-only file system", str(tmp_path))
+
+    monkeypatch.setattr("os.makedirs", makedirs)
+    wanted = rf"argument --data_root: cannot read or write '{tmp_path}' \(Read-only file system\): name another folder"
+    with pytest.raises(BadInput, match=wanted):
+        load_dataset("kmnist", tmp_path, 28)

@@ -130,7 +130,7 @@ def test_full_disk_behind_the_output_is_an_error(capsys, monkeypatch):
         patched.undo()
         with contextlib.suppress(OSError):
             full.close()
-    assert capsys.readouterr().err.startswith("a.py: error: cannot write 'the output' (No space left on device): free")
+    assert capsys.readouterr().err.startswith("a.py: error: cannot write the output (No space left on device): free")
 
 
 def test_closed_outputs_are_no_error_of_their_own(tmp_path, monkeypatch):

@@ -107,7 +107,7 @@ def test_term_stops_both_after_the_same_batch_and_penalised_parameters_are_equal
     _, err = process.communicate()
     rows = read_rows(tmp_path)
     assert "Compile" not in err  # a run so long would be compiled on one rank
-    assert err.count("Pretrained D's class head") == 1 and "torchrun --nproc_per_node=2 " in err, err
+    assert err.count("Pretrained D's class head") == 1 and "-m torch.distributed.run --nproc_per_node=2 " in err, err
     assert read_checkpoint(tmp_path)["step"] == len(rows) == rows[-1]["step"] + 1
     first, second = ([note["parameters"] for note in notes] for notes in read_notes(tmp_path))
     assert len(first) == len(rows) and first == second and "d_penalty" in rows[4]

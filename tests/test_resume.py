@@ -16,6 +16,7 @@ from conftest import ROOT, assert_same_run, call, errors, files, read_board, rea
 import acgan
 import evaluate
 import generate
+from run import checkpoint
 from run.checkpoint import NEWEST, PREVIOUS, random_state, read_checkpoint, restore_random_state
 from run.trained import FILES, load_trained
 from run.weights import NETWORKS, load_network
@@ -269,6 +270,19 @@ def test_previous_checkpoint_replaces_a_corrupt_newest(straight, copy, train):
     assert read_checkpoint(copy)["step"] == STEPS
     (copy / NEWEST).unlink()
     assert read_checkpoint(copy)["step"] < STEPS  # the corrupt one did not take its place
+
+
+def test_newest_checkpoint_that_cannot_be_read_is_no_corrupt_one_and_stays(copy, train, monkeypatch):
+    load_data = checkpoint.load_data
+
+    def fails_once(path):
+        if path.name == NEWEST:
+            raise PermissionError(13, "Permission denied", str(path))
+        return load_data(path)
+
+    monkeypatch.setattr(checkpoint, "load_data", fails_once)
+    line = fails(train, copy, "--resume", copy, "--max_steps", STEPS)
+    assert f"cannot read '{copy / NEWEST}' (Permission denied): mend that, or move it away" in line
 
 
 def test_moments_that_lie_otherwise_in_memory_than_their_parameters_do_no_harm(straight, copy, train):

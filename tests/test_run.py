@@ -104,7 +104,11 @@ def test_tensorboard_has_the_tutorials_tags_and_every_metric(epochs_run):
     for tag in ("ACGAN_acc", "dist_loss", "gene_loss"):
         assert [event.step for event in board.Scalars(tag)] == [1, 2]
     assert [event.step for event in board.Images("real_image")] == [1, 2]
-    assert [event.step for event in board.Images("fake_image")] == [0, 3, 6]
+    for tag, folder in (("fake_image", "images"), ("fixed_z", "images/fixed_z")):
+        assert sorted({event.step for event in board.Images(tag)}) == [0, 3, 6]
+        for event in board.Images(tag):  # encoded once
+            assert event.encoded_image_string == (out_dir / folder / f"{event.step}.png").read_bytes()
+            assert (event.width, event.height) == (182, 182)
     metrics = rows[0].keys() - {"step", "epoch"}
     assert {tag for tag in board.Tags()["scalars"] if tag.startswith("batch/")} == {f"batch/{key}" for key in metrics}
     for key in metrics:

@@ -1,7 +1,9 @@
 """Fast ways compute what the plain ones compute."""
 
 import copy
-import re
+import errno
+import importlib
+import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -17,7 +19,7 @@ import fast
 from data.batches import Batches
 from data.drawing import draw_labels, draw_noise
 from fast.bfloat16 import InBfloat16
-from fast.compile import CompiledGenerator, choose_compile
+from fast.compile import CompiledGenerator, choose_compile, complaint
 from fast.convolutions import NarrowConv2d, UpsampleConv2d
 from fast.process import glibc
 from models import Discriminator, Generator, weights_init_normal
@@ -133,14 +135,51 @@ def test_compiled_run_equals_an_eager_one_and_resumes_compiled_and_can_be_repeat
     assert len(seen) == 1  # else a compiled run could not be repeated, nor resumed bit-exactly
 
 
-def test_without_a_compiler_the_run_continues_and_says_why(train, tmp_path, monkeypatch):
+GCC = """In file included from /tmp/a.cpp:2:
+/tmp/a.h:7:10: fatal error: Python.h: No such file or directory
+    7 | #include <Python.h>
+compilation terminated."""
+
+
+def test_without_a_compiler_that_works_the_run_continues_and_says_why(train, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/such/compiler",))
     monkeypatch.setattr(UpsampleConv2d, "share", UpsampleConv2d.fold)  # less to read until the compiler is called
-    result = train(*SMALL, "--max_steps", 2, "--compile", "on", "--out_dir", tmp_path / "on")
-    assert result.status == 0 and re.search(r"^Compile: off, as it failed here: .+$", result.err, re.MULTILINE)
+    compiler = tmp_path / "g++"
+    compiler.write_text(f'#!/bin/sh\ncase "$1" in -*version) echo "g++ (GCC) 12.2"; exit;; esac\necho "{GCC}"\nexit 1')
+    compiler.chmod(0o755)
+    with torch._inductor.config.patch({"cpp.cxx": (str(compiler),)}):
+        result = train(*SMALL, "--max_steps", 2, "--compile", "on", "--out_dir", tmp_path / "on")
+    line = "Compile: off, as it failed here: fatal error: Python.h: No such file or directory\n"
+    assert result.status == 0 and line in result.err, result.err
     assert train(*SMALL, "--max_steps", 2, "--compile", "off", "--out_dir", tmp_path / "off").status == 0
     assert_same_run(tmp_path / "on", tmp_path / "off")  # the attempt left no trace in the numbers
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("a.cpp:2:9: warning: x\n" + GCC, "fatal error: Python.h: No such file or directory"),
+        ("/usr/bin/ld: warning: x\n/usr/bin/ld: cannot find -lgomp\ncollect2: error: ld returned 1 exit status",
+         "ld: cannot find -lgomp"),
+        ("a.cpp\na.cpp(7): fatal error C1083: Cannot open include file: 'omp.h'", "fatal error C1083: Cannot op"),
+        ("sh: g++: Permission denied\n", "sh: g++: Permission denied"),
+        ("\n\nSet TORCHDYNAMO_VERBOSE=1 for", "C++ compile error"),
+    ],
+)  # fmt: skip
+def test_what_a_compiler_prints_is_quoted_by_the_line_that_matters(output, words):
+    error = importlib.import_module("torch._inductor.exc").CppCompileError(["g++", "-Werror=x"], output)
+    assert complaint(error).startswith(words)
+
+
+def test_cache_that_cannot_be_written_is_named(train, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(UpsampleConv2d, "share", UpsampleConv2d.fold)
+    result = train(*SMALL, "--max_steps", 1, "--compile", "on", "--out_dir", tmp_path / "on")
+    line = next(line for line in result.err.splitlines() if line.startswith("Compile"))
+    assert result.status == 0 and "Not a directory" in line and str(tmp_path / "file") in line
+    full = complaint(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    assert full == f"[Errno 28] No space left on device: {tmp_path / 'file' / 'cache'}"
 
 
 def test_compiling_is_chosen_by_the_length_of_the_whole_run_on_one_cpu(train, tmp_path, monkeypatch):
