@@ -1,7 +1,7 @@
 """The training images, as bytes and labels.
 
-builtin.py reads the known sets, folder.py a user's own images, of which pixels.py decodes each and memory.py knows the
-room; batches.py shuffles them, drawing.py draws with G.
+builtin.py reads the known sets, folder.py a user's own images: classes.py finds them, pixels.py decodes one, memory.py
+knows the room. batches.py shuffles images, drawing.py draws with G.
 """
 
 import os
