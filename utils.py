@@ -174,6 +174,8 @@ def load_data(path: Path):
             warnings.simplefilter("ignore")  # of what is no such file, which then raises
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the zip reader and the unpickler raise many kinds of error
+        if out_of_memory(error):
+            raise MemoryError(str(error)) from error  # which nobody takes for a corrupt file
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # broken data, or a seek to nowhere
             raise
         raise ValueError(f"{path} is corrupt, or does not hold plain data") from error
@@ -338,9 +340,9 @@ def usable_outputs():
     with contextlib.ExitStack() as stack:
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name)
-            if stream is None:  # closed by the shell
+            if stream is None or getattr(stream, "closed", False):  # by the shell, or by a program
                 setattr(sys, name, stack.enter_context(open(os.devnull, "w")))
-                stack.callback(setattr, sys, name, None)
+                stack.callback(setattr, sys, name, stream)
             elif hasattr(stream, "reconfigure"):  # a notebook's has not
                 stack.callback(put_back_errors, stream, stream.errors)
                 stream.reconfigure(errors="backslashreplace")

@@ -44,11 +44,11 @@ def check_data_root(name: str, data_root: Path | None, new_out_dir: Path | None 
     if name == "folder" and data_root is None:
         raise BadInput("argument --data_root: --dataset folder needs it: name the folder of your classes' folders")
     if name == "folder" and new_out_dir:
-        root, out = data_root.resolve(), new_out_dir.resolve()
-        better = os.path.relpath(root.with_name(f"{root.name}_run"))
-        if root in (out, *out.parents) or root in [(out / part).resolve() for part in ("images", "logs")]:
+        root, *places = (Path(os.path.realpath(path)) for path in
+                         (data_root, new_out_dir, new_out_dir / "images", new_out_dir / "logs"))  # fmt: skip
+        if root in places or root in places[0].parents:
             raise BadInput(f"argument --out_dir: a run in {str(new_out_dir)!r} writes among the images of "
-                           f"{str(data_root)!r}: name a folder elsewhere, such as --out_dir {better}")  # fmt: skip
+                           f"{str(data_root)!r}: name a folder beside them, such as {root.name}_run")  # fmt: skip
 
 
 def load_dataset(

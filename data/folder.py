@@ -119,10 +119,14 @@ def into_file(squares, shape: tuple[int, ...], scratch: Path) -> torch.Tensor:
         raise BadInput(f"the images take {size} of disk at this size, and {str(scratch)!r} has {free}: free some")
     announce(f"Images: {size} exceed the memory budget; decoded once, into a temporary file in {str(scratch)!r}.")
     file, count = tempfile.TemporaryFile(dir=scratch), 0  # noqa: SIM115 (open as long as its images are)
-    for _, square in squares:
-        file.write(square.contiguous().numpy())
-        count += 1
-    file.flush()
+    try:
+        for _, square in squares:
+            file.write(square.contiguous().numpy())
+            count += 1
+        file.flush()
+    except OSError as error:
+        error.filename = error.filename or str(scratch)
+        raise
     if not count:
         return torch.empty(count, *shape[1:], dtype=torch.uint8)
     images = np.memmap(file, np.uint8, "c", shape=(count, *shape[1:]))

@@ -19,7 +19,9 @@ def batch(train_batch, update, networks, optimizers, opt, plan, in_memory: bool)
     """
     wrap = InBfloat16 if opt.amp == "bf16" else as_it_is
     generator, discriminator = map(wrap, networks)
-    full_generator = compiled(networks[0], opt.batch_size, wrap) if plan.compile == "on" else generator
+    full_generator = compiled(networks[0], opt.batch_size, wrap) if plan.compile == "on" else None
+    if full_generator is None:
+        plan.compile, full_generator = "off", generator
     device = next(generator.parameters()).device
     keep_memory(device)
     prepare = getattr(update, "prepare", None)

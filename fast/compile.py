@@ -33,7 +33,7 @@ def choose_compile(opt, device: torch.device, world_size: int, total_steps: int,
 
 
 def compiled(generator, batch_size: int, wrap):
-    """Return wrap(G), G compiled, and run once on made-up data. If that fails, say so, and return wrap(G) as it is.
+    """Return wrap(G), G compiled, and run once on made-up data. If that fails, say so, and return None.
 
     D stays as it is: its few multiplications leave a compiler nothing to win.
     """
@@ -47,7 +47,7 @@ def compiled(generator, batch_size: int, wrap):
         rehearse(generator, fast, batch_size)
     except Exception as error:  # a missing compiler, an unsupported Python, ...: there is a long list
         announce(f"Compile: off, as it failed here: {complaint(error)}")
-        return wrap(generator)
+        return None
     finally:
         logger.setLevel(level)
     if on_terminal():

@@ -39,7 +39,8 @@ class Checkpoints:
         try:
             self.save(step)
         except OSError as error:
-            announce(f"Warning: no checkpoint after batch {step} ({error.strerror or error}): the earlier one is kept.")
+            kept = "the earlier one is kept" if has_checkpoint(self.out_dir) else "there is none yet"
+            announce(f"Warning: no checkpoint after batch {step} ({error.strerror or error}): {kept}.")
         self.last_time = time.monotonic()
 
     def save(self, step: int, finished: bool = False) -> None:
@@ -62,8 +63,12 @@ class Checkpoints:
 
 
 def as_data(opt) -> dict:
-    """Return the options of a command line as JSON can hold them."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(opt).items()}
+    """Return the options of a command line as JSON can hold them; of a path that is not text, its bytes are shown."""
+
+    def text(path: Path) -> str:
+        return str(path).encode(errors="backslashreplace").decode()
+
+    return {name: text(value) if isinstance(value, Path) else value for name, value in vars(opt).items()}
 
 
 def restore(checkpoint: dict, parts: dict, device: torch.device) -> int:

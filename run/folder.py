@@ -21,6 +21,8 @@ OUR_GRID = re.compile(r"(0|[1-9][0-9]*)\.png")
 
 def check_out_dir(out_dir: Path) -> None:
     """Raise BadInput unless a run can have its files in `out_dir`. Leave no trace."""
+    if out_dir.is_symlink() and not out_dir.exists():
+        raise BadInput(f"argument --out_dir: {str(out_dir)!r} is a link to nothing: mend it, or name another folder")
     check_writable("--out_dir", out_dir)
     for name in ("images", "logs", "metrics.jsonl", "config.json", ".lock", NEWEST, PREVIOUS, *WEIGHTS, *BEST):
         what, is_wanted = ("folder", Path.is_dir) if name in ("images", "logs") else ("file", Path.is_file)
@@ -81,7 +83,7 @@ def set_aside_earlier_run(out_dir: Path) -> None:
     pngs = [f"{folder}/{path.name}" for folder in GRIDS for path in (out_dir / folder).glob("*.png")]
     grids = [name for name in pngs if OUR_GRID.fullmatch(Path(name).name)]
     # config.json last: it names the folder
-    names = [*grids, "metrics.jsonl", "images/film.gif", *WEIGHTS, *BEST, NEWEST, PREVIOUS, "config.json"]
+    names = [*grids, "metrics.jsonl", "images/film.gif", *WEIGHTS, *BEST, PREVIOUS, NEWEST, "config.json"]
     found = [name for name in names if (out_dir / name).is_file()]
     if not found:
         return
@@ -92,11 +94,18 @@ def set_aside_earlier_run(out_dir: Path) -> None:
         (kept / name).parent.mkdir(parents=True, exist_ok=True)
         move(out_dir / name, kept / name)
     announce(f"The earlier run's files were moved to {kept}")
-    drop_older_checkpoints(out_dir)
+    drop_older_checkpoints(out_dir, kept)
 
 
 def move(source: Path, target: Path) -> None:
-    """Rename a file; to another disk, which logs/ may be on, copy it whole and then delete it. Raises OSError."""
+    """Rename a file; to another disk, which logs/ may be on, copy it whole and then delete it. Raises OSError.
+
+    Of a link the target stays where it is.
+    """
+    if source.is_symlink():
+        os.symlink(os.path.realpath(source), target)  # a relative one would lead elsewhere from there
+        source.unlink()
+        return
     try:
         os.replace(source, target)
     except OSError as error:
@@ -107,8 +116,10 @@ def move(source: Path, target: Path) -> None:
         source.unlink()
 
 
-def drop_older_checkpoints(out_dir: Path) -> None:
+def drop_older_checkpoints(out_dir: Path, latest: Path) -> None:
     """Delete the checkpoints, 45 MB each, of all earlier runs but the newest that has one: it alone may be extended.
+
+    `latest` is the folder of the newest run; the age of others is that of their files, as local time may go back.
 
     What cannot be read stays, and so does a folder that was a run's own --out_dir since.
     """
@@ -116,9 +127,12 @@ def drop_older_checkpoints(out_dir: Path) -> None:
     def is_moved_run(folder: Path) -> bool:
         return bool(LOG_DIR.fullmatch(folder.name)) and not (folder / "logs").exists() and has_checkpoint(folder)
 
+    def age(folder: Path) -> tuple[bool, float]:
+        return folder == latest, max(path.stat().st_mtime for path in folder.glob("checkpoint*.pt"))
+
     dropped = False
     with contextlib.suppress(OSError):
-        for folder in sorted(filter(is_moved_run, (out_dir / "logs").iterdir()))[:-1]:
+        for folder in sorted(filter(is_moved_run, (out_dir / "logs").iterdir()), key=age)[:-1]:
             with contextlib.suppress(BadInput):
                 if read_checkpoint(folder, quiet=True)["finished"]:
                     for name in (NEWEST, PREVIOUS):

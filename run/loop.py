@@ -33,6 +33,8 @@ class Run:
                 stack.callback(self.record.close)
                 self.checkpoints = Checkpoints(self.opt, self.plan, self.ranks.device, self.record, self.parts)
             self.resources = stack.pop_all()
+        if self.step and self.opt.compile == "on" != self.plan.compile:
+            announce("The run resumes, but not bit-exactly: it was compiled before.")
         if self.plan.n_classes > GRID_CLASSES:
             announce(f"Sample grids: the first {GRID_CLASSES} of {self.plan.n_classes} classes.")
         return self

@@ -16,13 +16,13 @@ from run.ranks import Ranks
 from utils import BadInput, announce
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
     """The decisions; the checkpoint keeps them. A resumed run has the same, but may end later or compile otherwise.
 
-    compile: "on" or "off". threads: PyTorch's, among which sums on a CPU are split. classes: their names, by label.
-    labels_crc32, images_crc32: checksums. total_steps: the batch at which the run ends. schedule_steps: the batches
-    that a falling rate is planned for. white: that of data.LabelledImages.
+    compile: "on" or "off", which it also becomes if compiling fails. threads: PyTorch's, among which sums on a CPU are
+    split. classes: their names, by label. labels_crc32, images_crc32: checksums. total_steps: the batch at which the
+    run ends. schedule_steps: the batches that a falling rate is planned for. white: that of data.LabelledImages.
     """
 
     seed: int

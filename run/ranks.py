@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import BadInput, Diverged, check_gpu, local_ranks, rank
+from utils import BadInput, Diverged, check_gpu, first_line, local_ranks, rank
 
 
 class LostRank(Exception):
-    """Another rank of this run has ended, so this one cannot continue."""
+    """Another rank of this run has ended, or the GPU of this one has failed, so it cannot continue."""
 
 
 class Ranks:
@@ -111,4 +111,6 @@ def cause(error: BaseException | None, step: int) -> Diverged | LostRank | None:
         return Diverged(f"the loss is no longer finite at step {step}")
     if isinstance(error, dist.DistError) or any(name in words for name in ("gloo", "Connection closed", "NCCL")):
         return LostRank("another rank of this run was lost")
+    if words.startswith(("CUDA error", "cuDNN error")):
+        return LostRank(f"the GPU has failed in batch {step} ({first_line(error)})")
     return None

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import platform
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from data.drawing import GRID_CLASSES
 from run import folder
-from run.checkpoint import as_data
+from run.checkpoint import as_data, read_checkpoint
 from run.film import write_film
 from run.plan import Plan
 from run.weights import BEST, WEIGHTS, save_network
@@ -58,6 +59,8 @@ class Record:
         self.bar, self.last_left, self.warned = None, 0.0, set()
         self.out_dir.mkdir(parents=True, exist_ok=True)
         self.lock = folder.lock(self.out_dir)
+        if step and read_checkpoint(self.out_dir, quiet=True)["step"] != step:
+            raise BadInput(f"argument --resume: another run went on in {str(self.out_dir)!r} meanwhile: start again")
         folder.remove_part_files(self.out_dir)
         if not step:
             folder.set_aside_earlier_run(self.out_dir)
@@ -149,7 +152,9 @@ class Record:
     def graph(self, generator, discriminator, z, labels, img) -> None:
         """Write the graphs of both networks as one, as TensorBoard keeps one a run."""
         try:
-            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # PyTorch prints its errors
+            alone = threading.current_thread() is threading.main_thread()  # else others print meanwhile
+            hidden = contextlib.redirect_stdout(io.StringIO()) if alone else contextlib.nullcontext()
+            with warnings.catch_warnings(), hidden:  # PyTorch prints its errors
                 warnings.simplefilter("ignore")  # the tracer's, which do not concern this run
                 self.to_board("add_graph", BothNetworks(generator, discriminator), (z, labels, img))
         except Exception as error:  # torch.jit.trace ends with the Pythons that it supports
@@ -201,7 +206,7 @@ class Record:
             for tag, key in [("ACGAN_acc", "d_acc"), ("dist_loss", "d_loss"), ("gene_loss", "g_loss")]:
                 self.to_board("add_scalar", tag, row[key], epoch + 1)
             self.to_board("flush")
-        took = time.monotonic() - self.epoch_start
+        took = max(time.monotonic() - self.epoch_start, 1e-3)  # the clock of Windows has steps
         if not self.bar.disable:
             # short epochs share one line a second
             self.bar.leave = time.monotonic() - self.last_left >= 1 or step + 1 == self.plan.total_steps
@@ -262,7 +267,8 @@ class Record:
     def say_end(self, done: int) -> None:
         """Announce what the run leaves after `done` batches, and what to type next."""
         if done == self.plan.total_steps:
-            announce(f"Done: {', '.join(WEIGHTS)} and images/film.gif are in {self.out_dir.resolve()}")
+            film = " and images/film.gif" if (self.out_dir / "images/film.gif").exists() else ""
+            announce(f"Done: {', '.join(WEIGHTS)}{film} are in {os.path.realpath(self.out_dir)}")
             announce("To draw with them: " + typed(sys.executable, ROOT / "generate.py", "--weights", self.out_dir))
         else:
             announce(f"Stopped after batch {done:,} of {self.plan.total_steps:,}; to continue: "
@@ -283,9 +289,12 @@ def command_to_continue(opt, plan: Plan) -> str:
 
 def typed(*words) -> str:
     """Return words as one types them in a shell, with paths below the current folder as from there."""
-    here = Path.cwd()
+    try:
+        here = Path.cwd()
+    except OSError:  # deleted by now
+        here = Path("nowhere")
     short = [Path(word).relative_to(here) if Path(str(word)).is_relative_to(here) else word for word in words]
-    words = [str(word) for word in short]
+    words = [f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in short]
     return subprocess.list2cmdline(words) if sys.platform == "win32" else " ".join(map(quote, words))
 
 

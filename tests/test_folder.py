@@ -224,14 +224,11 @@ def test_run_among_the_images_is_refused_and_an_earlier_one_skipped(copy, straig
     monkeypatch.chdir(copy)
     for out_dir in ([], ["--out_dir", copy / "run"], ["--out_dir", "red disc/deeper"]):
         line = errors(train(*SMALL, "--data_root", copy, *out_dir))
-        assert f"writes among the images of '{copy}': name a folder elsewhere, such as --out_dir ../copy_run" in line
+        assert f"writes among the images of '{copy}': name a folder beside them, such as copy_run" in line
     monkeypatch.chdir(copy.parent)
     copy.rename("images")
     line = errors(train(*SMALL, "--data_root", "images"))
-    assert (
-        "a run in '.' writes among the images of 'images': name a folder elsewhere, such as --out_dir images_run"
-        in line
-    )
+    assert "a run in '.' writes among the images of 'images': name a folder beside them, such as images_run" in line
     Path("images").rename(copy)
     monkeypatch.chdir(copy)
     assert sorted(os.listdir(copy)) == CLASSES

@@ -153,6 +153,7 @@ def test_without_a_compiler_that_works_the_run_continues_and_says_why(train, tmp
     assert result.status == 0 and line in result.err, result.err
     assert train(*SMALL, "--max_steps", 2, "--compile", "off", "--out_dir", tmp_path / "off").status == 0
     assert_same_run(tmp_path / "on", tmp_path / "off")  # the attempt left no trace in the numbers
+    assert read_checkpoint(tmp_path / "on")["plan"]["compile"] == "off"  # so a resumed run does not compile either
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import math
 import os
 import re
@@ -17,12 +18,14 @@ import pytest
 import small
 import torch
 from conftest import call, errors, files, read_rows, stopped_after
+from shapes import make_folder
 
 import acgan
 from evaluation.during_training import EpochScorer
 from run.checkpoint import random_state, restore_random_state
 from run.ranks import Ranks
 from run.record import typed
+from run.weights import load_network
 from utils import BadInput, choose_device, print_line, run_command
 
 SMALL = ["--seed", 5, "--batch_size", 24, "--img_size", 16, "--latent_dim", 4, "--log_interval", 1]
@@ -97,6 +100,66 @@ def test_earlier_run_moves_to_logs_on_another_disk_whole_or_not_at_all(train, tm
     (log_dir,) = (path.parent for path in (tmp_path / "logs").rglob("config.json"))
     moved = [content for path, content in files(log_dir).items() if "events" not in path.name]
     assert sorted([*moved, b""]) == first  # .lock is empty, and stays
+
+
+def test_earlier_runs_are_told_apart_by_their_files_as_local_time_may_go_back(train, tmp_path):
+    logs = tmp_path / "logs"
+    for n in range(3):
+        assert train(*SMALL, "--max_steps", 1, "--out_dir", tmp_path).status == 0
+        log_dir = Path(json.loads((tmp_path / "config.json").read_text())["log_dir"]).name
+        (logs / log_dir).rename(logs / f"200{9 - n}-01-01_00-00-00")  # each looks older than the one before
+        config = (tmp_path / "config.json").read_text().replace(log_dir, f"200{9 - n}-01-01_00-00-00")
+        (tmp_path / "config.json").write_text(config)
+    assert [path.parent.name[:4] for path in logs.glob("*/checkpoint.pt")] == ["2008"]
+
+
+def test_linked_files_of_an_earlier_run_stay_where_they_are_and_can_be_read(train, tmp_path):
+    (tmp_path / "store").mkdir()
+    flags = [*SMALL, "--max_steps", 1, "--out_dir", tmp_path / "run"]
+    assert train(*flags).status == 0
+    (tmp_path / "run" / "acgan_gen.pth").rename(tmp_path / "store" / "g.pth")
+    (tmp_path / "run" / "acgan_gen.pth").symlink_to("../store/g.pth")
+    assert train(*flags).status == 0
+    (moved,) = (tmp_path / "run" / "logs").glob("*/acgan_gen.pth")
+    assert moved.is_symlink() and load_network(moved).step == 1 and (tmp_path / "store" / "g.pth").is_file()
+
+
+def test_resumed_run_that_another_overtook_begins_nothing(train, tmp_path, monkeypatch):
+    assert train(*SMALL, "--max_steps", 1, "--out_dir", tmp_path).status == 0
+    in_start, here = acgan.make_plan, []
+
+    def overtaken(*args):
+        monkeypatch.setattr(acgan, "make_plan", in_start)
+        here.append(train("--resume", tmp_path, "--max_steps", 3))  # while the other one reads its data
+        return in_start(*args)
+
+    monkeypatch.setattr(acgan, "make_plan", overtaken)
+    line = errors(train("--resume", tmp_path, "--max_steps", 2))
+    assert f"another run went on in '{tmp_path}' meanwhile: start again" in line
+    assert here[0].status == 0 and len(read_rows(tmp_path)) == 3
+
+
+def test_too_little_memory_is_not_taken_for_a_corrupt_checkpoint(train, tmp_path, monkeypatch):
+    for n in (1, 2):
+        assert train(*([] if n == 1 else ["--resume"]), *SMALL, "--max_steps", n, "--out_dir", tmp_path).status == 0
+    before = files(tmp_path)
+    for error in (MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. can't allocate memory")):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "load", lambda *args, error=error, **kwargs: (_ for _ in ()).throw(error))
+            assert "not enough memory: " in errors(train("--resume", tmp_path, "--max_steps", 3))
+    assert files(tmp_path) == before
+
+
+def test_places_that_have_no_name_or_lead_nowhere_are_one_line(train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    folder = [*SMALL, "--dataset", "folder", "--data_root"]
+    assert "writes among the images of '/'" in errors(train(*folder, "/", "--out_dir", "run"))
+    assert "cannot read 'loop' (Too many levels" in errors(train(*folder, "loop", "--out_dir", "run"))
+    assert "'loop' is a link to nothing: mend it" in errors(train(*SMALL, "--out_dir", "loop"))
+    odd = os.fsdecode(b"im\xffges")
+    make_folder(tmp_path / odd, 3)
+    assert train(*folder, odd, "--max_steps", 1, "--out_dir", "run").status == 0  # a path that is no text
 
 
 REFUSED = [
