@@ -11,6 +11,7 @@ Paper: Odena, Olah, Shlens, "Conditional Image Synthesis with Auxiliary Classifi
 
 import argparse
 import copy
+import math
 import sys
 from pathlib import Path
 
@@ -147,8 +148,9 @@ def train(opt: argparse.Namespace, plan: Plan, ranks: Ranks, batches: Batches, s
 
     def train_batch(G, D, indices):
         real_imgs, labels = batches.gather(indices)
-        z = draw_noise(len(indices), opt.latent_dim, device)
-        gen_labels = batches.in_order(draw_labels(len(indices), plan.n_classes, device))
+        n = math.ceil(len(indices) / opt.d_steps)  # 1 in the tutorial
+        z = draw_noise(n, opt.latent_dim, device)
+        gen_labels = batches.in_order(draw_labels(n, plan.n_classes, device))
         return update(G, D, optimizer_G, optimizer_D, real_imgs, labels, z, gen_labels)
 
     networks = ranks.wrap(generator, discriminator)
@@ -265,7 +267,8 @@ def start(argv: list[str] | None) -> int:
         with ranks.rank_0_first():  # it alone downloads
             scratch, reading = nearest_folder(opt.out_dir), how_to_read(opt, before)
             data = load_dataset(opt.dataset, opt.data_root, opt.img_size, opt.n_cpu, scratch, reading)
-        batches = Batches(data, opt.batch_size, ranks.device, ranks, by_class=opt.d_deviation == "class")
+        batch_size, by_class = opt.batch_size * opt.d_steps, opt.d_deviation == "class"
+        batches = Batches(data, batch_size, ranks.device, ranks, by_class)
         plan = make_plan(opt, data, batches, ranks, checkpoint)
         scorer = None
         if opt.eval_interval and not ranks.rank:

@@ -41,6 +41,7 @@ PROTOTYPE = shlex.split(
 )
 BOTH = [*PROTOTYPE, "--conditioning", "both", "--lr", "0.004"]
 WHOLE = [*BOTH, "--d_deviation", "class", "--r1_on", "whole"]
+THREE = [*WHOLE, "--r1", "0.05", "--d_steps", "3"]
 VARIANTS = {  # name: batches, flags
     "faithful": (1000, []),
     "prototype": (1000, PROTOTYPE),
@@ -76,6 +77,17 @@ VARIANTS = {  # name: batches, flags
     "whole R1 0.01, 2000": (2000, [*WHOLE, "--r1", "0.01"]),
     "whole R1 0.2, 2000": (2000, [*WHOLE, "--r1", "0.2"]),
     "whole R1 0.05, wide D, 2000": (2000, [*WHOLE, "--r1", "0.05", "--d_width", "2"]),
+    # the second edition
+    "whole R1 0.05, 800": (800, [*WHOLE, "--r1", "0.05"]),
+    "three D steps, 800": (800, THREE),
+    "two D steps, 800": (800, [*THREE, "--d_steps", "2"]),
+    "three D steps, lr 0.005, 800": (800, [*THREE, "--lr", "0.005"]),
+    "three D steps, lr 0.003, 800": (800, [*THREE, "--lr", "0.003"]),
+    "three D steps, the real labels, 800": (800, THREE),
+    "three D steps, ema 0.998, 800": (800, [*THREE, "--ema", "0.998"]),
+    "three D steps, gamma falls, 800": (800, THREE),
+    "three D steps, gamma 0.02, 800": (800, [*THREE, "--r1", "0.02"]),
+    "four D steps, 800": (800, [*THREE, "--d_steps", "4"]),
 }
 
 
@@ -108,7 +120,31 @@ def shifts() -> None:
     departures.with_logit = lambda discriminator, img: with_logit(discriminator, discriminator.moved(img))
 
 
+def real_labels() -> None:
+    """Draw the classes of D's first share of the real images."""
+    whole = departures.Step.__call__
+
+    def step(self, *inputs):
+        *first, labels, z, _ = inputs
+        return whole(self, *first, labels, z, labels[:: self.d_steps])
+
+    departures.Step.__call__ = step
+
+
+def falling_gamma() -> None:
+    """Let gamma fall with the rate, to a tenth (arXiv:2501.05441)."""
+    whole = departures.Step.prepare
+
+    def prepare(self, step, *optimizers):
+        self.r1 = 0.05 * (0.1 + 0.9 * min(1.0, 2 * (1 - step / self.schedule_steps)))
+        return whole(self, step, *optimizers)
+
+    departures.Step.prepare = prepare
+
+
 CHANGES = {  # ideas without a flag
+    "three D steps, the real labels, 800": real_labels,
+    "three D steps, gamma falls, 800": falling_gamma,
     "both, lr 0.004, half class term": half_class_term,
     "both, shifts": shifts,
 }

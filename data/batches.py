@@ -46,17 +46,16 @@ class Batches:
         # fewer images than ranks make no batch of their own: they join the last one
         return whole + (rest >= self.world_size) if whole else 1
 
-    def check(self, img_size: int) -> None:
-        """Raise BadInput if the smallest batch of any rank is too small to train on."""
+    def check(self, img_size: int, shares: int = 1) -> None:
+        """Raise BadInput if the smallest batch of any rank is too small to train on in so many `shares`."""
         rest = len(self.labels) % (self.batch_size * self.world_size)
         is_batch = rest >= self.world_size or len(self.labels) == rest
         smallest = rest // self.world_size if is_batch else self.batch_size
         if smallest == 0:
             raise BadInput(f"{len(self.labels)} images are too few for {self.world_size} ranks: add images")
-        if smallest == 1 and img_size == 16:  # D ends at a single pixel, and its batch norm needs two values
-            raise BadInput(
-                f"argument --batch_size: {self.batch_size} leaves one image alone in a batch: choose another"
-            )
+        if smallest // shares <= 1 and img_size == 16:  # D ends at a single pixel, and its batch norm needs two values
+            size = self.batch_size // shares
+            raise BadInput(f"argument --batch_size: {size} leaves one image alone in a batch: choose another")
 
     def __iter__(self):
         """Yield the indices of each batch of an epoch, int64 (B,), or of the rest of a restored one."""

@@ -27,7 +27,9 @@ def batch(train_batch, update, networks, optimizers, opt, plan, in_memory: bool)
     prepare = getattr(update, "prepare", None)
 
     def run(indices, kind=None):
-        return train_batch(full_generator if len(indices) == opt.batch_size else generator, discriminator, indices)
+        return train_batch(
+            full_generator if len(indices) == opt.batch_size * opt.d_steps else generator, discriminator, indices
+        )
 
     # several ranks talk to each other in mid-batch
     if device.type == "cuda" and plan.world_size == 1 and in_memory:

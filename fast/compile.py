@@ -26,7 +26,7 @@ def choose_compile(opt, device: torch.device, world_size: int, total_steps: int,
     if opt.compile != "auto":
         return opt.compile
     possible = device.type == "cpu" and world_size == 1
-    pays = total_steps >= BREAK_EVEN and n_images >= opt.batch_size
+    pays = total_steps >= BREAK_EVEN and n_images >= opt.batch_size * opt.d_steps
     if possible and not pays and on_terminal():
         announce(f"Compile: off, as a run of fewer than {BREAK_EVEN:,} full batches does not win back its time.")
     return "on" if possible and pays else "off"

@@ -36,14 +36,15 @@ SWITCHES = [  # every one of them away from the tutorial
     ["--d_dropout", 0],
     ["--d_width", 2],
     ["--d_deviation", "on"],
+    ["--d_steps", 2],
     ["--r1", 0.2],
     ["--r1_on", "whole", "--r1", 0.2, "--class_head", "2k"],
     ["--pretrain_class_head", 1],
     ["--lr_schedule", "linear"],
 ]
 BEST = ["--recipe", "best"]
-OTHERS = ["--conditioning", "concat", "--fake_class_loss", "off", "--d_width", 2, "--d_deviation", "on", "--r1", 0.2,
-          "--pretrain_class_head", 1]  # what the recipe leaves out  # fmt: skip
+OTHERS = ["--conditioning", "concat", "--fake_class_loss", "off", "--d_width", 2, "--d_deviation", "on", "--d_steps", 2,
+          "--r1", 0.2, "--pretrain_class_head", 1]  # what the recipe leaves out  # fmt: skip
 
 
 def options(*flags):
@@ -219,6 +220,21 @@ class LinearDiscriminator(nn.Module):
         self.conv_blocks = nn.Identity()
         self.adv_layer = nn.Sequential(nn.Linear(16 * 16, 1), nn.Sigmoid())
         self.aux_layer = nn.Linear(16 * 16, 6)
+
+
+def test_each_d_step_takes_its_share_of_the_real_images_and_all_of_the_same_fakes(train, tmp_path):
+    generator, discriminator = networks("--img_size", 16)
+    adam = [torch.optim.Adam(network.parameters()) for network in (generator, discriminator)]
+    shown = []
+    discriminator.register_forward_hook(lambda module, inputs, output: shown.append(inputs[0].detach().clone()))
+    real_imgs, labels = Batches(small.first_digits(16), 8).gather(torch.arange(8))
+    Step(d_steps=3)(generator, discriminator, *adam, real_imgs, labels, torch.randn(3, 100), torch.arange(3))
+    shares, fakes = shown[0:6:2], [*shown[1:6:2], shown[6]]
+    assert len(shown) == 7 and all(map(torch.equal, shares, [real_imgs[n::3] for n in range(3)]))
+    assert all(torch.equal(fakes[0], other) for other in fakes)
+    assert [int(optimizer.state_dict()["state"][0]["step"]) for optimizer in adam] == [1, 3]
+    result = train(*SMALL, "--d_steps", 2, "--max_steps", 3, "--out_dir", tmp_path)  # 60 digits: 48 and 12 a batch
+    assert result.status == 0 and [row["epoch"] for row in read_rows(tmp_path)] == [0, 0, 1]
 
 
 def test_penalty_of_a_linear_discriminator_is_that_of_its_slope():

@@ -56,6 +56,7 @@ HOSTILE = [  # the command line, and a part of the line that it must print
     ("acgan --img_size 12", "--img_size: '12' is not"),
     (f"acgan --img_size {10**30}", "--img_size: '1000"),
     ("acgan --img_size 16 --batch_size 59", "--batch_size: 59 leaves one image alone in a batch: choose another"),
+    ("acgan --img_size 16 --batch_size 29 --d_steps 2", "--batch_size: 29 leaves one image alone in a batch: choose"),
     ("generate -n 0", "-n: '0' is not a whole number"),
     ("generate -n 2000", "-n: more than 10,000 images do not fit one picture: lower it, or use --npz"),
     ("generate --scale 0", "--scale: '0' is not a whole number"),
