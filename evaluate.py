@@ -1,8 +1,8 @@
 """The scorecard of a trained generator, each figure beside that of real digits.
 
-python evaluate.py                                 # weights/best.pth
-python evaluate.py --weights acgan_gen_ema.pth     # your own; one to three minutes on two cores
-python evaluate.py --full --json                   # more images; for programs
+python evaluate.py                       # weights/best.pth, in a minute or two
+python evaluate.py --weights RUN         # the EMA of your own run
+python evaluate.py --full --json         # more images; for programs
 """
 
 import argparse
@@ -38,7 +38,7 @@ from utils import (
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; bad flags end the program with one line and exit status 2."""
-    parser = OneLineParser("evaluate.py", "Score a generator beside real images.")
+    parser = OneLineParser("evaluate.py", __doc__)
     add = parser.add_argument
     add_weights_flag(parser)
     add("--judge", type=Path, metavar="FILE", help="the judge, from train_judge.py (default: the bundled one)")

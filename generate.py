@@ -1,10 +1,10 @@
 """Digits by request, from a trained generator.
 
-python generate.py 2026                            # those digits, each row another variant, in generated.png
-python generate.py --labels 0,1,3 -n 8             # eight of each
-python generate.py --interpolate 3 8               # from one class to another, with the same noise
-python generate.py -n 6000 --npz digits.npz        # a labelled data set of 60,000 images
-python generate.py 7 --weights RUN                 # with the EMA weights of a run
+python generate.py 2026                        # those, in generated.png
+python generate.py --labels 0,1,3 -n 8         # eight of each
+python generate.py --interpolate 3 8           # from one class to another
+python generate.py -n 6000 --npz digits.npz    # a data set of 60,000 images
+python generate.py 7 --weights RUN             # with the EMA of a run
 """
 
 import argparse
@@ -70,7 +70,7 @@ def find_classes(words: list[str], flag: str, classes: list[str]) -> list[int]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; bad flags end the program with one line and exit status 2."""
-    parser = OneLineParser("generate.py", "Draw images of the classes you ask for, with a trained generator.")
+    parser = OneLineParser("generate.py", __doc__, "[DIGITS] [--FLAG VALUE ...]")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("digits", nargs="?", help="the classes to draw, a character each, such as 2026; or one class, by "
                       "its name (default: all)")  # fmt: skip

@@ -1,7 +1,8 @@
 """Train a judge on real images, for scores of a generator of such images.
 
-python train_judge.py                                            # MNIST's, to judge.pth; weights/judge.pth is one
-python train_judge.py --dataset fashion_mnist --out fashion.pth  # one for other images
+python train_judge.py                            # MNIST's, to judge.pth
+python train_judge.py --dataset fashion_mnist --out fashion.pth
+python train_judge.py --dataset folder --data_root A --test_root B
 """
 
 import argparse
@@ -31,7 +32,7 @@ from utils import (
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; bad flags end the program with one line and exit status 2."""
-    parser = OneLineParser("train_judge.py", "Train a judge on real images, and test it.")
+    parser = OneLineParser("train_judge.py", __doc__)
     add = parser.add_argument
     add("--out", type=Path, default=Path("judge.pth"), metavar="FILE", help="file to write")
     add("--n_epochs", type=COUNT, default=10, metavar="N", help="passes over the training images")

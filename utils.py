@@ -260,8 +260,8 @@ class StopRequest:
         put_back(self._previous)
 
 
-class HelpFormatter(argparse.HelpFormatter):
-    """Ends each flag's help with its default, unless the help already states one."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Ends each flag's help with its default, unless the help already states one; the description stays as it is."""
 
     def _get_help_string(self, action):
         if "(default: " in action.help or not action.option_strings or action.default is argparse.SUPPRESS:
@@ -270,10 +270,14 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser with one-line errors; exit status 2."""
+    """An ArgumentParser with one-line errors; exit status 2. Its help begins with `description`, a command's docstring.
 
-    def __init__(self, prog: str, description: str):
-        super().__init__(prog=prog, description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    `usage` is the command line in short, without the command.
+    """
+
+    def __init__(self, prog: str, description: str | None, usage: str = "[--FLAG VALUE ...]"):
+        super().__init__(prog=prog, usage=f"{prog} {usage}", description=description, formatter_class=HelpFormatter,
+                         allow_abbrev=False)  # fmt: skip
 
     def error(self, message: str):
         hint = " (--help lists the flags)" if message.startswith("unrecognized arguments: ") else ""

@@ -37,8 +37,7 @@ def compiled(generator, batch_size: int, wrap):
 
     D stays as it is: its few multiplications leave a compiler nothing to win.
     """
-    if on_terminal():
-        announce("Compiling the generator; this takes about half a minute, longer on a slow machine ...")
+    announce("Compiling the generator; this takes about half a minute, longer on a slow machine ...")
     logger, start = logging.getLogger("torch.utils.cpp_extension"), time.monotonic()
     level = logger.level
     logger.setLevel(logging.ERROR)  # it warns if CUDA has no GPU
@@ -50,8 +49,7 @@ def compiled(generator, batch_size: int, wrap):
         return None
     finally:
         logger.setLevel(level)
-    if on_terminal():
-        announce(f"Compiled in {time.monotonic() - start:.0f} s.")
+    announce(f"Compiled in {time.monotonic() - start:.0f} s.")
     return fast
 
 

@@ -32,6 +32,7 @@ from run.weights import BEST, WEIGHTS, save_network
 from utils import BadInput, Diverged, announce, atomic_write, first_line, on_terminal, print_line, sync
 
 LOOK_INTERVAL = 0.3  # seconds between two readings of the figures for the bar
+PIPED_INTERVAL = 30.0  # seconds between two lines within an epoch, without a bar
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -47,7 +48,8 @@ def check_tensorboard() -> None:
 class Record:
     """The record of a run in its folder, and the user's view of it.
 
-    On a terminal it shows a bar for each epoch; piped, it prints a line for each epoch to stdout. A new run first moves
+    On a terminal it shows a bar for each epoch; piped, it prints a line for each epoch to stdout, and within a long one
+    lines to stderr. A new run first moves
     an earlier run's files aside. A grid, row or curve that cannot be written is a warning, and the run continues.
 
     If `step` batches are done, the run is resumed, and its record is cut back to there. Raises OSError if the folder
@@ -56,7 +58,7 @@ class Record:
 
     def __init__(self, opt, plan: Plan, device, steps_per_epoch: int, step: int):
         self.opt, self.plan, self.out_dir, self.steps_per_epoch = opt, plan, opt.out_dir, steps_per_epoch
-        self.bar, self.last_left, self.warned = None, 0.0, set()
+        self.bar, self.last_left, self.warned, self.grids_shown = None, 0.0, set(), False
         self.out_dir.mkdir(parents=True, exist_ok=True)
         self.lock = folder.lock(self.out_dir)
         if step and read_checkpoint(self.out_dir, quiet=True)["step"] != step:
@@ -174,7 +176,7 @@ class Record:
             disable=not on_terminal(),
         )  # fmt: skip
         self.epoch_start, self.epoch_first_step = time.monotonic(), step
-        self.next_look = self.epoch_start
+        self.next_look = self.epoch_start + (PIPED_INTERVAL if self.bar.disable else 0)
         yield from batches
         self.bar.close()
 
@@ -185,7 +187,7 @@ class Record:
         """
         self.bar.update(1)
         logged = step % self.opt.log_interval == 0
-        seen = not self.bar.disable and time.monotonic() >= self.next_look
+        seen = time.monotonic() >= self.next_look
         if not (logged or seen or metrics["d_loss"].device.type == "cpu"):
             return
         row = read_metrics(metrics)
@@ -221,10 +223,16 @@ class Record:
         )
 
     def show(self, step: int, row: dict[str, float]) -> None:
-        """Put the figures of batch `step` into the bar, the run's time left first."""
-        self.next_look = time.monotonic() + LOOK_INTERVAL
-        figures = f"D Loss {row['d_loss']:.3f}, G Loss {row['g_loss']:.3f}, Acc {row['d_acc']:.1%}"
-        self.bar.set_postfix_str(f"left {self.left(step)}, {figures}", refresh=False)
+        """Put the figures of batch `step` into the bar, or into a line, the run's time left first."""
+        losses = f"D Loss {row['d_loss']:.3f}, G Loss {row['g_loss']:.3f}, Acc {row['d_acc']:.1%}"
+        figures = f"left {self.left(step)}, {losses}"
+        self.next_look = time.monotonic() + (PIPED_INTERVAL if self.bar.disable else LOOK_INTERVAL)
+        if self.bar.disable:
+            epoch, batch = divmod(step, self.steps_per_epoch)
+            place = f"batch {batch + 1:,} of {self.steps_per_epoch:,}"
+            announce(f"Epoch {epoch + 1}/{self.opt.n_epochs}, {place}, {figures}")
+        else:
+            self.bar.set_postfix_str(figures, refresh=False)
 
     def left(self, step: int) -> str:
         """Return the time that the rest of the run takes at the speed so far."""
@@ -242,6 +250,10 @@ class Record:
         save_image(grid, png, format="png")
         with self.tolerating("sample grids"):
             atomic_write(path, lambda file: file.write(png.getvalue()), flush=False)
+            if not self.grids_shown and not has_screen():
+                serve = typed(sys.executable, "-m", "http.server", "--directory", path.parent)
+                announce(f"Sample grids: {path.parent}. No screen here: copy them (scp), or serve them: {serve}")
+            self.grids_shown = True
         self.to_board("file_writer.add_summary", image_summary(tag, png.getvalue(), *grid.shape), step)
 
     def scores(self, step: int, scores: dict[str, float]) -> None:
@@ -273,6 +285,12 @@ class Record:
         else:
             announce(f"Stopped after batch {done:,} of {self.plan.total_steps:,}; to continue: "
                      f"{command_to_continue(self.opt, self.plan)}")  # fmt: skip
+
+
+def has_screen() -> bool:
+    """Return True if pictures can probably be seen where the run is: not over ssh, nor on Linux without windows."""
+    windows = not sys.platform.startswith("linux") or any(os.environ.get(f"{w}DISPLAY") for w in ("", "WAYLAND_"))
+    return windows and "SSH_CONNECTION" not in os.environ
 
 
 def command_to_continue(opt, plan: Plan) -> str:

@@ -21,6 +21,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, and threads of one would wait for those of another
+os.environ["DISPLAY"] = ":0"  # a screen, where nothing is said of how to reach the pictures
+os.environ.pop("SSH_CONNECTION", None)
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # and those of a test that has two would keep the cores busy
 
 

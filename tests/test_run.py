@@ -24,6 +24,7 @@ from torchvision.utils import make_grid
 
 import acgan
 import generate
+from run import record
 from run.plan import Plan
 from run.record import Record
 from run.weights import load_network
@@ -48,6 +49,20 @@ def words_after_python(command: str, script: str) -> list[str]:
     python, path, *flags = shlex.split(command)
     assert Path(python).absolute() == Path(sys.executable) and Path(path).resolve() == ROOT / script
     return flags
+
+
+def test_piped_run_without_a_screen_says_where_its_pictures_are_once_and_how_far_it_is(train, tmp_path, monkeypatch):
+    monkeypatch.delenv("DISPLAY")
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    monkeypatch.setattr(record, "PIPED_INTERVAL", 0)
+    result = train(*SMALL, "--sample_interval", 1, "--max_steps", 3, "--seed", 1, "--out_dir", tmp_path)
+    images = tmp_path / "images"
+    line = f"Sample grids: {images}. No screen here: copy them (scp), or serve them: "
+    assert result.status == 0 and result.err.count("Sample grids: ") == 1 and line in result.err
+    assert f"-m http.server --directory {images}\n" in result.err
+    assert re.search(
+        r"^Epoch 1/200, batch 2 of \d+, left 0:00:0\d, D Loss \d\.\d{3}, G Loss .*, Acc .*%$", result.err, re.M
+    )
 
 
 def test_piped_run_prints_a_line_an_epoch_and_says_what_it_does(epochs_run):
