@@ -345,7 +345,7 @@ def usable_outputs():
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name)
             if stream is None or getattr(stream, "closed", False):  # by the shell, or by a program
-                setattr(sys, name, stack.enter_context(open(os.devnull, "w")))
+                setattr(sys, name, stack.enter_context(open(os.devnull, "w", encoding="utf-8")))
                 stack.callback(setattr, sys, name, stream)
             elif hasattr(stream, "reconfigure"):  # a notebook's has not
                 stack.callback(put_back_errors, stream, stream.errors)

@@ -97,7 +97,7 @@ def by_kind(kinds: collections.Counter) -> str:
 def is_run(folder: str) -> bool:
     """Return True if a training has written into a folder, by its config.json."""
     try:
-        settings = json.loads(Path(folder, "config.json").read_text())
+        settings = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
         return settings.keys() >= {"options", "log_dir", "versions"}
     except (OSError, ValueError, AttributeError, RecursionError):
         return False

@@ -23,7 +23,7 @@ def memory(root: Path = Path("/")) -> float:
 def control_group_limits(root: Path) -> list[int]:
     """Return the limits of this process's control group and of those above it, of Linux below `root`."""
     try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()  # NUMBER:CONTROLLERS:/PATH
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()  # NUMBER:CONTROLLERS:/PATH
     except OSError:
         return []
     found = []
@@ -34,5 +34,5 @@ def control_group_limits(root: Path) -> list[int]:
             for folder in (group, *group.parents):  # a container may see its own group as the root
                 file = root / "sys/fs/cgroup" / controller / folder / LIMITS[controller]
                 with contextlib.suppress(OSError, ValueError):  # "max" if there is no limit
-                    found.append(int(file.read_text()))
+                    found.append(int(file.read_text(encoding="utf-8")))
     return found

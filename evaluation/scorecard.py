@@ -97,7 +97,7 @@ def score_images(images, labels, real: Judged, judge: Judge, counts: Counts, see
 
 def committed_real_scores() -> tuple[dict, list[dict]]:
     """Return the scores of MNIST's real digits, and those by class, for the bundled judge, QUICK and seed 0."""
-    card = next(iter(json.loads(COMMITTED.read_text()).values()))  # the real half is the same in each
+    card = next(iter(json.loads(COMMITTED.read_text(encoding="utf-8")).values()))  # the real half is the same in each
 
     def real(scores):
         return {name: pair["real"] for name, pair in scores.items()}

@@ -42,7 +42,7 @@ def earlier_log_dir(out_dir: Path) -> Path | None:
     if not config.exists():
         return None
     try:
-        settings = json.loads(config.read_text())
+        settings = json.loads(config.read_text(encoding="utf-8"))
         log_dir = settings["log_dir"]
         if not re.fullmatch(r"logs/[\w-]+", log_dir) or not settings.keys() >= {"options", "seed", "versions"}:
             raise ValueError
@@ -57,7 +57,7 @@ def lock(out_dir: Path):
         import fcntl
     except ImportError:  # Windows
         return None
-    file = open(out_dir / ".lock", "a")  # noqa: SIM115 (closed by the caller)
+    file = open(out_dir / ".lock", "ab")  # noqa: SIM115 (closed by the caller)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -9,6 +9,7 @@ import re
 import resource
 import signal
 import stat
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -188,7 +189,7 @@ def test_refusal_of_the_system_is_told_as_it_is(error, words, capsys):
 def test_file_of_a_run_that_may_not_be_read_is_not_called_foreign(train, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
 
-    def read_text(path):
+    def read_text(path, **encoding):
         raise refusal(errno.EACCES, path)
 
     monkeypatch.setattr(Path, "read_text", read_text)
@@ -366,3 +367,17 @@ def test_signal_while_the_handlers_are_put_back_is_no_traceback(program, monkeyp
     with monkeypatch.context() as patch:
         assert run_command("a.py", lambda: patch.setattr(signal, "signal", interrupted)) == 0
     assert program()
+
+
+# other systems
+
+
+def test_everything_runs_without_what_only_posix_has_in_a_folder_with_spaces_and_chinese_letters(tmp_path):
+    folder = tmp_path / "my 数字"
+    make_folder(folder / "images of mine", 4)
+    script = Path(__file__).with_name("elsewhere.py")
+    command = [sys.executable, "-X", "warn_default_encoding", script, folder]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "modules without SIGHUP, SIGKILL, fcntl, fork" in result.stdout
+    assert {"drawn.png", "run", "mine", "images of mine"} == {path.name for path in folder.iterdir()}
