@@ -148,7 +148,7 @@ def train(opt: argparse.Namespace, plan: Plan, ranks: Ranks, batches: Batches, s
 
     def train_batch(G, D, indices):
         real_imgs, labels = batches.gather(indices)
-        n = math.ceil(len(indices) / opt.d_steps)  # 1 in the tutorial
+        n = math.ceil(len(indices) / opt.d_steps)  # in the tutorial as many as real ones
         z = draw_noise(n, opt.latent_dim, device)
         gen_labels = batches.in_order(draw_labels(n, plan.n_classes, device))
         return update(G, D, optimizer_G, optimizer_D, real_imgs, labels, z, gen_labels)
