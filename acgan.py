@@ -11,7 +11,6 @@ Classifier GANs", arXiv:1610.09585. What a recipe changes: departures.py.
 
 import argparse
 import copy
-import math
 import sys
 from pathlib import Path
 
@@ -148,9 +147,9 @@ def train(opt: argparse.Namespace, plan: Plan, ranks: Ranks, batches: Batches, s
 
     def train_batch(G, D, indices):
         real_imgs, labels = batches.gather(indices)
-        n = math.ceil(len(indices) / opt.d_steps)  # in the tutorial as many as real ones
-        z = draw_noise(n, opt.latent_dim, device)
-        gen_labels = batches.in_order(draw_labels(n, plan.n_classes, device))
+        n_fakes = batches.n_fakes(indices)  # in the tutorial as many as real ones
+        z = draw_noise(n_fakes, opt.latent_dim, device)
+        gen_labels = batches.in_order(draw_labels(n_fakes, plan.n_classes, device))
         return update(G, D, optimizer_G, optimizer_D, real_imgs, labels, z, gen_labels)
 
     networks = ranks.wrap(generator, discriminator)
@@ -267,8 +266,7 @@ def start(argv: list[str] | None) -> int:
         with ranks.rank_0_first():  # it alone downloads
             scratch, reading = nearest_folder(opt.out_dir), how_to_read(opt, before)
             data = load_dataset(opt.dataset, opt.data_root, opt.img_size, opt.n_cpu, scratch, reading)
-        batch_size, by_class = opt.batch_size * opt.d_steps, opt.d_deviation == "class"
-        batches = Batches(data, batch_size, ranks.device, ranks, by_class)
+        batches = Batches(data, opt.batch_size, ranks.device, ranks, opt.d_deviation == "class", opt.d_steps)
         plan = make_plan(opt, data, batches, ranks, checkpoint)
         scorer = None
         if opt.eval_interval and not ranks.rank:

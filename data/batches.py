@@ -1,5 +1,7 @@
 """Shuffled batches of real images, in the tutorial's order: one seed an epoch, plus a position."""
 
+import math
+
 import torch
 
 from utils import MEMORY_SHARE, BadInput, announce
@@ -28,14 +30,15 @@ class Batches:
     here, then the sampler's seed, from which one permutation follows. The last, smaller batch is kept. Images in memory
     are copied to `device` once, if they fit there. `ranks`, a run.ranks.Ranks, each take their share of a
     larger batch. `by_class` sorts each batch, which stays the same otherwise.
+    With `shares` a batch has so many times `batch_size` images, for as many updates of D.
     """
 
-    def __init__(self, data, batch_size: int, device="cpu", ranks=None, by_class: bool = False):
+    def __init__(self, data, batch_size: int, device="cpu", ranks=None, by_class: bool = False, shares: int = 1):
         self.device = device
         self.in_memory = data.in_memory and fits(data.images, torch.device(device))  # of the device
         store = device if self.in_memory else "cpu"
         self.images, self.labels = data.images.to(store), data.labels.to(store)
-        self.batch_size, self.ranks, self.by_class = batch_size, ranks, by_class
+        self.batch_size, self.ranks, self.by_class, self.shares = batch_size * shares, ranks, by_class, shares
         self.rank, self.world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
         self.sampler_seed = 0
         self.position = 0  # batches of the current epoch that were handed out; 0 between epochs
@@ -46,15 +49,17 @@ class Batches:
         # fewer images than ranks make no batch of their own: they join the last one
         return whole + (rest >= self.world_size) if whole else 1
 
-    def check(self, img_size: int, shares: int = 1) -> None:
-        """Raise BadInput if the smallest batch of any rank is too small to train on in so many `shares`."""
+    def check(self, img_size: int) -> None:
+        """Raise BadInput if the smallest batch of any rank, or a share of it, is too small to train on."""
         rest = len(self.labels) % (self.batch_size * self.world_size)
         is_batch = rest >= self.world_size or len(self.labels) == rest
         smallest = rest // self.world_size if is_batch else self.batch_size
         if smallest == 0:
             raise BadInput(f"{len(self.labels)} images are too few for {self.world_size} ranks: add images")
-        if smallest // shares <= 1 and img_size == 16:  # D ends at a single pixel, and its batch norm needs two values
-            size = self.batch_size // shares
+        if (
+            smallest // self.shares <= 1 and img_size == 16
+        ):  # D ends at a single pixel, and its batch norm needs two values
+            size = self.batch_size // self.shares
             raise BadInput(f"argument --batch_size: {size} leaves one image alone in a batch: choose another")
 
     def __iter__(self):
@@ -77,6 +82,10 @@ class Batches:
     def gather(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the batch of these indices: float32 (B, C, H, W) in [-1, 1], and labels, int64 (B,)."""
         return normalize(self.images[indices].to(self.device)), self.labels[indices].to(self.device)
+
+    def n_fakes(self, indices: torch.Tensor) -> int:
+        """Return how many images G draws beside the batch of these indices: one share of it, rounded up."""
+        return math.ceil(len(indices) / self.shares)
 
     def in_order(self, labels: torch.Tensor) -> torch.Tensor:
         """Return the classes to draw in the order of a batch: as they came, or sorted if batches are."""

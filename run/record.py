@@ -289,7 +289,7 @@ class Record:
 
 def has_screen() -> bool:
     """Return True if pictures can probably be seen where the run is: not over ssh, nor on Linux without windows."""
-    windows = not sys.platform.startswith("linux") or any(os.environ.get(f"{w}DISPLAY") for w in ("", "WAYLAND_"))
+    windows = not sys.platform.startswith("linux") or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
     return windows and "SSH_CONNECTION" not in os.environ
 
 
@@ -310,8 +310,8 @@ def typed(*words) -> str:
     try:
         here = Path.cwd()
     except OSError:  # deleted by now
-        here = Path("nowhere")
-    short = [Path(word).relative_to(here) if Path(str(word)).is_relative_to(here) else word for word in words]
+        here = None
+    short = [Path(word).relative_to(here) if here and Path(str(word)).is_relative_to(here) else word for word in words]
     words = [f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in short]
     return subprocess.list2cmdline(words) if sys.platform == "win32" else " ".join(map(quote, words))
 
