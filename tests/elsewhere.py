@@ -23,9 +23,9 @@ from evaluation.scorecard import Counts
 ROOT = Path(acgan.__file__).parent
 MODULES = {"fcntl", "termios", "resource"}
 NAMES = {"SIGHUP", "SIGKILL", "sysconf", "sched_getaffinity", "fork", "geteuid", "mkfifo"}
-OURS = [module for module in list(sys.modules.values())
+OURS = [module for module in list(sys.modules.values())  # a virtual environment may lie in ROOT, too
         if Path(getattr(module, "__file__", None) or "/").is_relative_to(ROOT)
-        and not Path(module.__file__).is_relative_to(ROOT / "tests")]  # fmt: skip
+        and not any(Path(module.__file__).is_relative_to(folder) for folder in (ROOT / "tests", sys.prefix))]  # fmt: skip
 
 
 class Poorer:
@@ -52,7 +52,7 @@ def take_away() -> None:
     builtins.__import__ = poorer_import
     for module in OURS:
         for name, value in list(vars(module).items()):
-            if value in (os, signal):
+            if value is os or value is signal:
                 setattr(module, name, Poorer(value))
 
 
