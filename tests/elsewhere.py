@@ -23,9 +23,10 @@ from evaluation.scorecard import Counts
 ROOT = Path(acgan.__file__).parent
 MODULES = {"fcntl", "termios", "resource"}
 NAMES = {"SIGHUP", "SIGKILL", "sysconf", "sched_getaffinity", "fork", "geteuid", "mkfifo"}
-OURS = [module for module in list(sys.modules.values())  # a virtual environment may lie in ROOT, too
+OTHERS = (ROOT / "tests", sys.prefix)  # a virtual environment may lie in ROOT
+OURS = [module for module in list(sys.modules.values())
         if Path(getattr(module, "__file__", None) or "/").is_relative_to(ROOT)
-        and not any(Path(module.__file__).is_relative_to(folder) for folder in (ROOT / "tests", sys.prefix))]  # fmt: skip
+        and not any(Path(module.__file__).is_relative_to(folder) for folder in OTHERS)]  # fmt: skip
 
 
 class Poorer:
