@@ -88,6 +88,8 @@ VARIANTS = {  # name: batches, flags
     "three D steps, gamma falls, 800": (800, THREE),
     "three D steps, gamma 0.02, 800": (800, [*THREE, "--r1", "0.02"]),
     "four D steps, 800": (800, [*THREE, "--d_steps", "4"]),
+    "three D steps, rate falls from the start, 800": (800, THREE),
+    "three D steps, G's rate 0.006, 800": (800, THREE),
 }
 
 
@@ -142,9 +144,34 @@ def falling_gamma() -> None:
     departures.Step.prepare = prepare
 
 
+def scaled_rate(scale) -> None:
+    """Multiply each network's rate by scale(the part of the run that is left, whether it is G's)."""
+    whole = departures.Step.prepare
+
+    def prepare(self, step, *optimizers):
+        penalised = whole(self, step, *optimizers)
+        for number, optimizer in enumerate(optimizers):
+            optimizer.param_groups[0]["lr"] *= scale(1 - step / self.schedule_steps, number == 0)
+        return penalised
+
+    departures.Step.prepare = prepare
+
+
+def falling_from_the_start() -> None:
+    """Let the rate fall over the whole run, not its second half."""
+    scaled_rate(lambda left, _: left / min(1, 2 * left))
+
+
+def faster_generator() -> None:
+    """Give G half as high a rate again."""
+    scaled_rate(lambda _, is_generator: 1.5 if is_generator else 1)
+
+
 CHANGES = {  # ideas without a flag
     "three D steps, the real labels, 800": real_labels,
     "three D steps, gamma falls, 800": falling_gamma,
+    "three D steps, rate falls from the start, 800": falling_from_the_start,
+    "three D steps, G's rate 0.006, 800": faster_generator,
     "both, lr 0.004, half class term": half_class_term,
     "both, shifts": shifts,
 }
