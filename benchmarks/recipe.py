@@ -90,6 +90,7 @@ VARIANTS = {  # name: batches, flags
     "four D steps, 800": (800, [*THREE, "--d_steps", "4"]),
     "three D steps, rate falls from the start, 800": (800, THREE),
     "three D steps, G's rate 0.006, 800": (800, THREE),
+    "three D steps, rate and gamma fall from the start, 800": (800, THREE),
 }
 
 
@@ -133,12 +134,12 @@ def real_labels() -> None:
     departures.Step.__call__ = step
 
 
-def falling_gamma() -> None:
-    """Let gamma fall with the rate, to a tenth (arXiv:2501.05441)."""
+def falling_gamma(begin: float = 1) -> None:
+    """Let gamma fall with the rate, to a tenth (arXiv:2501.05441): from the middle of the run, or from the start."""
     whole = departures.Step.prepare
 
     def prepare(self, step, *optimizers):
-        self.r1 = 0.05 * (0.1 + 0.9 * min(1.0, 2 * (1 - step / self.schedule_steps)))
+        self.r1 = 0.05 * (0.1 + 0.9 * min(1.0, 2 * begin * (1 - step / self.schedule_steps)))
         return whole(self, step, *optimizers)
 
     departures.Step.prepare = prepare
@@ -162,6 +163,12 @@ def falling_from_the_start() -> None:
     scaled_rate(lambda left, _: left / min(1, 2 * left))
 
 
+def both_fall_from_the_start() -> None:
+    """Let the rate and gamma fall over the whole run."""
+    falling_gamma(0.5)
+    falling_from_the_start()
+
+
 def faster_generator() -> None:
     """Give G half as high a rate again."""
     scaled_rate(lambda _, is_generator: 1.5 if is_generator else 1)
@@ -172,6 +179,7 @@ CHANGES = {  # ideas without a flag
     "three D steps, gamma falls, 800": falling_gamma,
     "three D steps, rate falls from the start, 800": falling_from_the_start,
     "three D steps, G's rate 0.006, 800": faster_generator,
+    "three D steps, rate and gamma fall from the start, 800": both_fall_from_the_start,
     "both, lr 0.004, half class term": half_class_term,
     "both, shifts": shifts,
 }

@@ -15,7 +15,7 @@ from conftest import ROOT
 
 import acgan
 from benchmarks import cells, overlap, quirks
-from benchmarks.missed import most_missed
+from benchmarks.missed import farthest
 from benchmarks.resolution import agreement_by_resolution, blurred
 from data import builtin
 from evaluation.metrics import Judged
@@ -185,5 +185,5 @@ def test_missed_are_the_real_images_farthest_from_any_generated_one():
     features, labels = torch.tensor([[0.0], [9], [4], [50]]), torch.tensor([0, 0, 0, 1])
     images = torch.arange(4, dtype=torch.uint8)[:, None, None, None].expand(4, 1, 2, 2)
     real, fake = Judged(images, labels, features, labels), Judged(None, None, torch.tensor([[1.0], [49], [20]]), None)
-    assert most_missed(real, fake, 0, 2)[:, 0, 0, 0].tolist() == [1, 2]
-    assert most_missed(real, fake, 1, 1)[:, 0, 0, 0].tolist() == [3]
+    assert farthest(real, fake, 0, 2)[:, 0, 0, 0].tolist() == [1, 2]
+    assert farthest(real, fake, 1, 1)[:, 0, 0, 0].tolist() == [3]
