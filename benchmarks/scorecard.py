@@ -3,6 +3,7 @@
 python -m benchmarks.scorecard            # compare, with tolerances for other processors; exit status 1 if they differ
 python -m benchmarks.scorecard --write    # write the file
 python -m benchmarks.scorecard --table    # the tables of docs/results.md, from the file
+python -m benchmarks.scorecard --noises   # the table of weights/README.md: seeds 0, 1 and 2, five minutes
 """
 
 import argparse
@@ -12,25 +13,27 @@ import sys
 import torch
 
 import fast
-from benchmarks.cells import ROOT
+from benchmarks.cells import ROOT, mean_and_interval
 from data import load_train_and_test
 from evaluation.judge import load_judge
-from evaluation.scorecard import COMMITTED, QUICK, ROWS, scorecard
+from evaluation.scorecard import COMMITTED, QUICK, ROWS, committed_real_scores, scorecard
 from fast.process import tune_process
 from run.weights import load_network
 
 WEIGHTS = ("weights/best.pth", "weights/acgan_gen.pth")
+SEEDS = (0, 1, 2)  # of the noise
 TOLERANCE = {"agreement": 0.002, "cas": 0.01}  # shares; other processors train CAS otherwise
 RELATIVE = 0.02  # of the other scores
 
 
-def score(weights: str) -> dict:
-    """Return the scorecard of evaluate.py, with the real digits' half computed too."""
+def score(weights: str, seed: int = 0, real_scores: dict | None = None) -> dict:
+    """Return the scorecard of evaluate.py, with the real digits' half computed too if it is not given."""
     tune_process(torch.device("cpu"))
     generator = load_network(ROOT / weights).eval()
     fast.use_fast_layers(generator)
     train_set, test_set = load_train_and_test("mnist", None, None, 32)
-    return dict(weights=weights, **scorecard(generator, train_set[:2], test_set[:2], load_judge(None), QUICK))
+    return dict(weights=weights, **scorecard(generator, train_set[:2], test_set[:2], load_judge(None), QUICK,
+                                           seed, real_scores=real_scores))  # fmt: skip
 
 
 def compare(card: dict, committed: dict) -> int:
@@ -61,11 +64,26 @@ def table(cards: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def noises() -> str:
+    """Return the mean of each score over three noises, and its 95 % interval, as Markdown."""
+    lines = [f"| | {' | '.join(WEIGHTS)} |", "| --- " * (len(WEIGHTS) + 1) + "|"]
+    real = committed_real_scores()  # computed once is enough: they are not shown
+    cards = [[score(weights, seed, real)["scores"] for seed in SEEDS] for weights in WEIGHTS]
+    for key, name, _, form in ROWS:
+        cells = [mean_and_interval([scores[key]["generated"] for scores in own]) for own in cards]
+        lines.append(f"| {name.strip()} | {' | '.join(f'{form} ± {form}'.format(*cell) for cell in cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write the file (default: compare with it)")
     parser.add_argument("--table", action="store_true", help="print the file as Markdown, and score nothing")
+    parser.add_argument("--noises", action="store_true", help="print means over three noises, with intervals")
     opt = parser.parse_args()
+    if opt.noises:
+        print(noises())
+        return 0
     if opt.table:
         print(table(json.loads(COMMITTED.read_text())))
         return 0

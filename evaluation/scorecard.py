@@ -26,7 +26,7 @@ class Counts:
 
 
 QUICK = Counts(scored=1000, cas=3000, cas_epochs=2, pairs=200)
-FULL = Counts(scored=5000, cas=5000, cas_epochs=5, pairs=1000)
+FULL = Counts(scored=3000, cas=5000, cas_epochs=5, pairs=1000)
 GOOD_JUDGE = 0.95  # of the real images recognised; a judge below it measures itself
 FEW_IMAGES = 1000  # a covariance of 128 features from fewer is too noisy for an FID
 
