@@ -290,7 +290,7 @@ def start(argv: list[str] | None) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status: that of utils.run_command, or 1 if the training failed."""
-    too_large = "lower --batch_size, --img_size, --latent_dim or --d_width"
+    too_large = "lower --batch_size, --img_size or --latent_dim"
     return run_command("acgan.py", lambda: start(argv), too_large, stopped="what the last checkpoint holds is kept")
 
 

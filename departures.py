@@ -35,10 +35,10 @@ RECIPES = {
     ),
 }
 FLAGS = ("recipe", "class_loss", "bn_eps", "conditioning", "fake_class_loss", "class_head", "d_norm", "d_dropout",
-         "d_width", "d_deviation", "d_steps", "r1", "r1_on", "pretrain_class_head", "lr_schedule")  # fmt: skip
+         "d_deviation", "d_steps", "r1", "r1_on", "pretrain_class_head", "lr_schedule")  # fmt: skip
 TUTORIAL = {  # what a network of the tutorial has for each option of its variants below
     "Generator": dict(conditioning="multiply", bn_eps=0.8),
-    "Discriminator": dict(norm="batch", bn_eps=0.8, dropout=0.25, outputs="probabilities", class_head="aux", width=1,
+    "Discriminator": dict(norm="batch", bn_eps=0.8, dropout=0.25, outputs="probabilities", class_head="aux",
                           deviation=False),
 }  # fmt: skip
 R1_EVERY = 4  # batches; the penalty is multiplied by as much
@@ -66,10 +66,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="2k: one output for each class of real images, and one for each of generated ones")
     add("--d_norm", choices=["batch", "none"], default="batch", help="batch norm in D")
     add("--d_dropout", type=share, default=0.25, metavar="P", help="share of D's channels that are dropped, in [0, 1)")
-    add("--d_width", type=COUNT, default=1, metavar="N", help="multiplies the channels of each layer of D")
-    add("--d_deviation", choices=["off", "on", "class"], default="off",
-        help=f"on: D's validity also takes each feature's deviation within groups of {GROUP} images; "
-        "class: each batch is sorted by class before, so that most groups are of one")
+    add("--d_deviation", choices=["off", "class"], default="off",
+        help=f"class: D's validity also takes each feature's deviation within groups of {GROUP} images; each batch is "
+        "sorted by class before, so that most groups are of one")
     add("--d_steps", type=COUNT, default=1, metavar="K", help="updates of D for one of G: a batch then has K times "
         "--batch_size real images, a share for each update, and --batch_size generated ones, the same for all; so an "
         "epoch has fewer batches")
@@ -156,21 +155,21 @@ class Discriminator(models.Discriminator):
 
     `norm` is "batch" or "none", `dropout` the share of the channels in [0, 1). `outputs` are "probabilities", or the
     "logits" that they are made of: both of any value. `class_head` "2k" has n_classes more outputs, for the classes of
-    generated images. `width` multiplies the channels of each layer. With `deviation` the validity also depends on how
-    much neighbours in the batch differ. Raises ValueError.
+    generated images. With `deviation` the validity also depends on how much neighbours in the batch differ. Raises
+    ValueError.
     """
 
     def __init__(self, n_classes: int = 10, img_size: int = 32, channels: int = 1, norm: str = "batch",
                  bn_eps: float = 0.8, dropout: float = 0.25, outputs: str = "probabilities",
-                 class_head: str = "aux", width: int = 1, deviation: bool = False):  # fmt: skip
+                 class_head: str = "aux", deviation: bool = False):  # fmt: skip
         nn.Module.__init__(self)
         sizes = dict(n_classes=n_classes, img_size=img_size, channels=channels)
-        models.check_sizes(**sizes, width=width)
+        models.check_sizes(**sizes)
         check_choice("norm", norm, ("batch", "none"))
         check_choice("outputs", outputs, ("probabilities", "logits"))
         check_choice("class_head", class_head, ("aux", "2k"))
         self.config = sizes | dict(norm=norm, bn_eps=bn_eps, dropout=dropout, outputs=outputs, class_head=class_head,
-                                   width=width, deviation=deviation)  # fmt: skip
+                                   deviation=deviation)  # fmt: skip
 
         def discriminator_block(in_filters, out_filters, bn=True):
             conv = nn.Conv2d(in_filters, out_filters, 3, 2, 1)
@@ -180,12 +179,12 @@ class Discriminator(models.Discriminator):
             return block
 
         self.conv_blocks = nn.Sequential(
-            *discriminator_block(channels, 16 * width, bn=False),
-            *discriminator_block(16 * width, 32 * width),
-            *discriminator_block(32 * width, 64 * width),
-            *discriminator_block(64 * width, 128 * width),
+            *discriminator_block(channels, 16, bn=False),
+            *discriminator_block(16, 32),
+            *discriminator_block(32, 64),
+            *discriminator_block(64, 128),
         )
-        n_features = 128 * width * (-(-img_size // 16)) ** 2
+        n_features = 128 * (-(-img_size // 16)) ** 2
         self.adv_layer = nn.Sequential((DeviationLinear if deviation else nn.Linear)(n_features, 1), nn.Sigmoid())
         n_labels = n_classes * (2 if class_head == "2k" else 1)
         self.aux_layer = nn.Sequential(nn.Linear(n_features, n_labels), nn.Softmax(dim=1))
@@ -222,7 +221,7 @@ def configs(opt: argparse.Namespace, n_classes: int, channels: int) -> dict[str,
     g_options = dict(conditioning=opt.conditioning, bn_eps=opt.bn_eps)
     d_options = dict(norm=opt.d_norm, bn_eps=opt.bn_eps, dropout=opt.d_dropout,
                      outputs="logits" if opt.class_loss == "logits" else "probabilities", class_head=opt.class_head,
-                     width=opt.d_width, deviation=opt.d_deviation != "off")  # fmt: skip
+                     deviation=opt.d_deviation != "off")  # fmt: skip
     return {"Generator": sizes | dict(latent_dim=opt.latent_dim) | g_options, "Discriminator": sizes | d_options}
 
 
@@ -239,6 +238,8 @@ def build(network: str, **config) -> nn.Module:
 
     What `config` lacks is as in the tutorial. Raises ValueError, TypeError or KeyError for what cannot be built.
     """
+    if config.pop("width", 1) != 1:  # --d_width of earlier versions
+        raise ValueError("width is no longer known: commit 0152d16 has it")
     departing = TUTORIAL[network] | config
     if departing.items() >= TUTORIAL[network].items():
         return getattr(models, network)(**{name: config[name] for name in config if name not in TUTORIAL[network]})

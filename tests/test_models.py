@@ -244,6 +244,15 @@ def test_earlier_weight_file_loads_and_computes_what_it_did(file):
         torch.testing.assert_close(computed(network), OUTPUTS[file], rtol=0, atol=1e-5)
 
 
+def test_discriminator_of_a_width_that_is_no_longer_known_is_refused(tmp_path):
+    packed = torch.load(EARLIER / "logits" / "acgan_dist.pth", weights_only=True)
+    assert packed["config"]["width"] == 1
+    packed["config"]["width"] = 2
+    torch.save(packed, tmp_path / "wide.pth")
+    with pytest.raises(BadInput, match="wide.pth' is corrupt, or"):
+        load_network(tmp_path / "wide.pth")
+
+
 def test_all_earlier_weight_files_are_tested():
     assert {path.relative_to(EARLIER).as_posix() for path in EARLIER.glob("*/*.pth")} == set(OUTPUTS)
 
