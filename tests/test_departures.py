@@ -38,6 +38,7 @@ SWITCHES = [  # every one of them away from the tutorial
     ["--d_steps", 2],
     ["--r1", 0.2],
     ["--r1_on", "whole", "--r1", 0.2, "--class_head", "2k"],
+    ["--r1_end", 0.1, "--r1", 0.2, "--lr_schedule", "linear"],
     ["--pretrain_class_head", 1],
     ["--lr_schedule", "linear"],
 ]
@@ -235,11 +236,11 @@ def test_each_d_step_takes_its_share_of_the_real_images_and_all_of_the_same_fake
 def test_penalty_of_a_linear_discriminator_is_that_of_its_slope():
     discriminator, step = LinearDiscriminator(), Step(r1=0.2)
     slope, imgs = discriminator.adv_layer[0].weight, torch.randn(5, 1, 16, 16)
-    penalty = step.penalty(discriminator, imgs, torch.arange(5))
+    penalty = step.penalty(discriminator, imgs, torch.arange(5), step.r1)
     torch.testing.assert_close(penalty, 0.2 / 2 * 4 * slope.square().sum())  # every fourth batch, times four
     penalty.backward()
     torch.testing.assert_close(slope.grad, 0.2 * 4 * slope.detach())
-    assert torch.equal(step.penalty(InBfloat16(discriminator), imgs, torch.arange(5)), penalty)  # in float32
+    assert torch.equal(step.penalty(InBfloat16(discriminator), imgs, torch.arange(5), step.r1), penalty)  # in float32
     assert [step.prepare(number) for number in range(5)] == [True, False, False, False, True]
     assert not any(Step().prepare(number) for number in range(5))
 
@@ -247,13 +248,28 @@ def test_penalty_of_a_linear_discriminator_is_that_of_its_slope():
 def test_whole_penalty_is_on_the_slope_of_validity_and_class_terms_together():
     discriminator, labels = LinearDiscriminator(), torch.tensor([2, 0, 1, 1])
     step = departures.step(options("--class_head", "2k", "--r1", 0.3, "--r1_on", "whole"), 100)
-    penalty = step.penalty(discriminator, torch.randn(4, 1, 16, 16), labels)
+    penalty = step.penalty(discriminator, torch.randn(4, 1, 16, 16), labels, step.r1)
     classes = discriminator.aux_layer.weight
     # log C[y] - log C[y + K] is linear in what the class head returns
     slopes = discriminator.adv_layer[0].weight + classes[labels] - classes[3 + labels]
     torch.testing.assert_close(penalty, 0.3 / 2 * 4 * slopes.square().sum(1).mean())
     penalty.backward()
     assert classes.grad.abs().sum() > 0
+
+
+def test_gamma_falls_with_the_rate_to_what_is_to_be_left(train, tmp_path):
+    flags = ["--r1", 0.2, "--lr_schedule", "linear", "--lr", 0.01]
+    step = departures.step(options(*flags, "--r1_end", 0.1), 10)
+    for is_tensor in (False, True):  # as a CUDA graph reads it
+        optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=0.01, capturable=is_tensor)
+        for number, left in [(0, 1), (5, 1), (7, 0.6), (10, 0)]:
+            step.prepare(number, optimizer)
+            assert float(step.gamma(optimizer)) == pytest.approx(0.2 * (0.1 + 0.9 * left))
+    for end in (0.1, 1):
+        train(*SMALL, *flags, "--r1_end", end, "--n_epochs", 3, "--out_dir", tmp_path / str(end))
+    falling, constant = ([row["d_penalty"] for row in read_rows(tmp_path / end) if "d_penalty" in row]
+                         for end in ("0.1", "1"))  # fmt: skip
+    assert falling[:2] == constant[:2] and falling[2] == pytest.approx(constant[2] * (0.1 + 0.9 * 2 / 9), rel=1e-5)
 
 
 def test_norm_and_dropout_of_d_can_be_off():
@@ -324,11 +340,14 @@ def test_every_switch_trains_otherwise(flags, plain, train, tmp_path):
 
 @pytest.mark.parametrize(
     ("flags", "contradiction"),
-    [(BEST, ["--d_norm", "batch"]), (OTHERS, ["--fake_class_loss", "on"])],
+    [
+        ([*BEST, "--n_epochs", 9], ["--d_norm", "batch"]),
+        ([*OTHERS, "--n_epochs", 4], ["--fake_class_loss", "on"]),
+    ],
     ids=["best", "others"],
 )
 def test_run_with_switches_resumes_bit_exactly_and_its_weights_draw(flags, contradiction, train, tmp_path):
-    flags = [*SMALL, *flags, "--n_epochs", 3]  # nine batches
+    flags = [*SMALL, *flags]  # nine batches, and eight
     assert train(*flags, "--out_dir", tmp_path / "straight").status == 0
     with stopped_after(5):
         assert train(*flags, "--out_dir", tmp_path / "run").status == 143

@@ -31,6 +31,13 @@ def cells(path, rows, columns):
     return torch.from_numpy(np.stack([picture[None, y : y + 32, x : x + 32] for y, x in corners]))
 
 
+def test_2026_is_the_picture_that_the_model_card_shows(tmp_path):
+    assert call(generate.main, "2026", "--out", tmp_path / "2026.png").status == 0
+    ours, shown = (np.asarray(Image.open(path)).astype(int) for path in
+                   (tmp_path / "2026.png", ROOT / "docs" / "images" / "2026.png"))  # fmt: skip
+    assert ours.shape == shown.shape and np.abs(ours - shown).mean() < 0.5  # grey levels; processors round differently
+
+
 @pytest.mark.parametrize(
     ("flags", "rows", "wanted"),
     [
