@@ -26,7 +26,7 @@ TOLERANCE = {"agreement": 0.002, "cas": 0.01}  # shares; other processors train 
 RELATIVE = 0.02  # of the other scores
 
 
-def score(weights: str, seed: int = 0, real_scores: dict | None = None) -> dict:
+def score(weights: str, seed: int = 0, real_scores: tuple | None = None) -> dict:
     """Return the scorecard of evaluate.py, with the real digits' half computed too if it is not given."""
     tune_process(torch.device("cpu"))
     generator = load_network(ROOT / weights).eval()
@@ -65,9 +65,9 @@ def table(cards: dict[str, dict]) -> str:
 
 
 def noises() -> str:
-    """Return the mean of each score over three noises, and its 95 % interval, as Markdown."""
+    """Return the mean of each score over three seeds of noise, pairs and CAS classifier, and its 95 % interval."""
     lines = [f"| | {' | '.join(WEIGHTS)} |", "| --- " * (len(WEIGHTS) + 1) + "|"]
-    real = committed_real_scores()  # computed once is enough: they are not shown
+    real = committed_real_scores()  # not shown, so not computed
     cards = [[score(weights, seed, real)["scores"] for seed in SEEDS] for weights in WEIGHTS]
     for key, name, _, form in ROWS:
         cells = [mean_and_interval([scores[key]["generated"] for scores in own]) for own in cards]
