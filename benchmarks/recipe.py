@@ -85,6 +85,7 @@ VARIANTS = {  # name: batches, flags
     "three D steps, G's rate 0.006, 800": (800, THREE),
     "three D steps, rate and gamma fall from the start, 800": (800, [*THREE, "--r1_end", "0.1"]),
     "four D steps, rate and gamma fall from the start, 800": (800, [*THREE, "--d_steps", "4", "--r1_end", "0.1"]),
+    "five D steps, rate and gamma fall from the start, 800": (800, [*THREE, "--d_steps", "5", "--r1_end", "0.1"]),
 }
 
 
@@ -157,6 +158,7 @@ CHANGES = {  # ideas without a flag
     "three D steps, G's rate 0.006, 800": faster_generator,
     "three D steps, rate and gamma fall from the start, 800": falling_from_the_start,
     "four D steps, rate and gamma fall from the start, 800": falling_from_the_start,
+    "five D steps, rate and gamma fall from the start, 800": falling_from_the_start,
     "both, lr 0.004, half class term": half_class_term,
     "both, shifts": shifts,
 }
