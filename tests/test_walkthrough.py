@@ -60,8 +60,8 @@ def test_interrupt_stops_the_training_cell_and_running_it_again_goes_on(tmp_path
     environment(100_000)
     first, training = (next(cell.source for cell in NOTEBOOK.cells if line in cell.source)
                        for line in ("import acgan", "def train("))  # fmt: skip
-    assert '"--sample_interval", 20' in training
-    training = training.replace('"--sample_interval", 20', '"--log_interval", 5, "--compile", "off"')
+    assert '"--sample_interval", 40' in training
+    training = training.replace('"--sample_interval", 40', '"--log_interval", 5, "--compile", "off"')
     manager, client = start_new_kernel(cwd=str(tmp_path))
     run = tmp_path / "walkthrough" / "best"
 
