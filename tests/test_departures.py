@@ -41,6 +41,7 @@ SWITCHES = [  # every one of them away from the tutorial
     ["--r1_end", 0.1, "--r1", 0.2, "--lr_schedule", "linear"],
     ["--pretrain_class_head", 1],
     ["--lr_schedule", "linear"],
+    ["--lr_fall", 1, "--lr_schedule", "linear"],
 ]
 BEST = ["--recipe", "best"]
 OTHERS = ["--conditioning", "concat", "--fake_class_loss", "off", "--d_steps", 2,
@@ -292,7 +293,8 @@ def test_pretrained_class_head_recognises_real_digits(capsys):
         assert (discriminator.eval()(real_imgs)[1].argmax(1) == labels).float().mean() > 0.9
 
 
-def test_rate_falls_to_0_over_the_second_half_also_when_resumed(train, tmp_path, monkeypatch):
+@pytest.mark.parametrize("part", [0.5, 1])
+def test_rate_falls_to_0_over_the_last_part_also_when_resumed(part, train, tmp_path, monkeypatch):
     rates, prepare = [], Step.prepare
 
     def watched(self, step, *optimizers):
@@ -301,8 +303,8 @@ def test_rate_falls_to_0_over_the_second_half_also_when_resumed(train, tmp_path,
         return penalised
 
     monkeypatch.setattr(Step, "prepare", watched)
-    flags = [*SMALL, "--lr_schedule", "linear", "--lr", 0.01]
-    wanted = [0.01] * 5 + [0.01 * 2 * (1 - step / 9) for step in (5, 6, 7, 8)]  # of nine batches
+    flags = [*SMALL, "--lr_schedule", "linear", "--lr", 0.01, "--lr_fall", part]
+    wanted = [0.01 * min(1, (1 - step / 9) / part) for step in range(9)]
     with stopped_after(6):
         assert train(*flags, "--n_epochs", 3, "--out_dir", tmp_path / "run").status == 143
     assert len(rates) == 6 and train("--resume", tmp_path / "run").status == 0

@@ -55,7 +55,7 @@ def test_parts_add_up_to_the_losses(golden_run):
 
 def test_recipe_computes_what_it_did(tmp_path):
     instructions, batches = torch.backends.cpu.get_cpu_capability(), RECIPE["batches"]
-    wanted, rel = batches.get(instructions, batches["AVX2"]), 1e-4  # AVX2 and AVX-512 differ by up to 7e-6
+    wanted, rel = batches.get(instructions, batches["AVX2"]), 1e-4  # AVX2 and AVX-512 differ by up to 2e-5
     flags = ["--seed", RECIPE["seed"], *RECIPE["args"], "--log_interval", 1, "--max_steps", len(wanted)]
     threads = torch.get_num_threads()
     torch.set_num_threads(2)

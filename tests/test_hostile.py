@@ -72,6 +72,8 @@ HOSTILE = [  # the command line, and a part of the line that it must print
     ("acgan --device cpu --cuda", "--cuda: not allowed with argument --device"),
     ("acgan --r1 0.2 --r1_on whole", "--r1_on: whole needs --r1 above 0 and --class_head 2k"),
     ("acgan --r1 0.2 --r1_end 0.1", "--r1_end: it needs --r1 above 0 and --lr_schedule linear"),
+    ("acgan --lr_fall 1", "--lr_fall: it needs --lr_schedule linear"),
+    ("acgan --lr_fall 0", "--lr_fall: '0' is not a number in (0, 1]"),
     ("acgan --r1_end 1.5", "--r1_end: '1.5' is not a number in [0, 1]"),
     ("acgan --class_head 2k --fake_class_loss off", "--fake_class_loss: off leaves half of --class_head 2k untrained"),
     ("acgan --recipe worst", "--recipe: invalid choice: 'worst'"),
