@@ -8,6 +8,7 @@ python generate.py 7 --weights RUN             # with the EMA of a run
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def generate(opt: argparse.Namespace) -> None:
     if opt.interpolate:
         labels = find_classes(opt.interpolate, "--interpolate", classes)
     elif opt.labels is not None:  # a class whose name has a comma can be drawn alone
-        words = [opt.labels] if opt.labels in classes else [word.strip() for word in opt.labels.split(",")]
+        words = [opt.labels] if opt.labels in classes else re.split(r"\s*[,，]\s*", opt.labels.strip())
         labels = find_classes(words, "--labels", classes)
     elif opt.digits is not None:
         words = [opt.digits] if opt.digits in classes else list(opt.digits)

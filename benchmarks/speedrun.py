@@ -44,7 +44,7 @@ def train(flags: list, cache: Path, seconds: float | None = None) -> float:
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)
         status = process.wait()
-    if status not in (0, 128 + signal.SIGINT):
+    if status != (128 + signal.SIGINT if seconds else 0):
         raise SystemExit(f"speedrun.py: error: the training ended with status {status}")
     return round(time.monotonic() - start, 1)
 

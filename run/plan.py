@@ -76,11 +76,15 @@ def make_plan(opt: argparse.Namespace, data: LabelledImages, batches: Batches, r
     if ranks.device.type == "cuda" and ranks.world_size > 1 and opt.r1 and opt.d_norm == "batch":
         raise BadInput("argument --r1: on several GPUs batch norm has no second derivative: add --d_norm none")
     total_steps = min(opt.max_steps or math.inf, opt.n_epochs * len(batches))
-    if checkpoint and checkpoint["step"] >= total_steps:
-        done = f"{checkpoint['step']:,} batches are done"
-        raise BadInput(f"argument --resume: {done}: raise --n_epochs or --max_steps")
     schedule_steps = before["schedule_steps"] if before else total_steps
-    if opt.lr_schedule == "linear" and total_steps > schedule_steps:
+    falls = opt.lr_schedule == "linear"
+    if falls and not opt.max_steps:
+        total_steps = schedule_steps  # a resumed run ends where its rate is 0
+    if checkpoint and checkpoint["step"] >= total_steps:
+        at_0 = falls and checkpoint["step"] >= schedule_steps
+        more = "the rate of this run is 0, so begin a longer one" if at_0 else "raise --n_epochs or --max_steps"
+        raise BadInput(f"argument --resume: {checkpoint['step']:,} batches are done: {more}")
+    if falls and total_steps > schedule_steps:
         raise BadInput(f"argument --lr_schedule: the rate of this run is 0 after batch {schedule_steps:,}: add "
                        f"--max_steps {schedule_steps}, or start another run with --init_from")  # fmt: skip
     compile = choose_compile(opt, ranks.device, ranks.world_size, total_steps, len(data.labels))

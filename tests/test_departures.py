@@ -306,10 +306,12 @@ def test_rate_falls_to_0_over_the_last_part_also_when_resumed(part, train, tmp_p
     flags = [*SMALL, "--lr_schedule", "linear", "--lr", 0.01, "--lr_fall", part]
     wanted = [0.01 * min(1, (1 - step / 9) / part) for step in range(9)]
     with stopped_after(6):
-        assert train(*flags, "--n_epochs", 3, "--out_dir", tmp_path / "run").status == 143
+        assert train(*flags, "--max_steps", 9, "--out_dir", tmp_path / "run").status == 143
     assert len(rates) == 6 and train("--resume", tmp_path / "run").status == 0
     assert [rate for rate, _ in rates] == [rate for _, rate in rates] == pytest.approx(wanted)
     line = errors(train("--resume", tmp_path / "run", "--n_epochs", 4))
+    assert "argument --resume: 9 batches are done: the rate of this run is 0, so begin a longer one" in line
+    line = errors(train("--resume", tmp_path / "run", "--max_steps", 12))
     assert "--lr_schedule: the rate of this run is 0 after batch 9: add --max_steps 9, or" in line
 
 

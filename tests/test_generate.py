@@ -42,7 +42,7 @@ def test_2026_is_the_picture_that_the_model_card_shows(tmp_path):
     ("flags", "rows", "wanted"),
     [
         (["2026"], 5, [2, 0, 2, 6]),
-        (["--labels", "0,1, 3", "-n", 8], 8, [0, 1, 3]),
+        (["--labels", "0,1， 3", "-n", 8], 8, [0, 1, 3]),  # a Chinese keyboard's comma
         (["-n", 2], 2, list(range(10))),
     ],
 )
