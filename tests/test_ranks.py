@@ -99,7 +99,7 @@ def test_lost_ranks_lose_nothing_as_torchrun_restarts_the_run(straight, start_tw
 
 
 def test_term_stops_both_after_the_same_batch_and_penalised_parameters_are_equal_too(start_two, tmp_path):
-    process = start_two(tmp_path, "--recipe", "best", "--pretrain_class_head", 1, steps=10_000)
+    process = start_two(tmp_path, "--recipe", "best", "--d_steps", 2, "--pretrain_class_head", 1, steps=10_000)
     while not (tmp_path / "metrics.jsonl").exists() or (tmp_path / "metrics.jsonl").read_bytes().count(b"\n") < 20:
         assert process.poll() is None, process.communicate()
         signal.sigtimedwait([], 0.02)
