@@ -153,7 +153,7 @@ def train(opt: argparse.Namespace, plan: Plan, ranks: Ranks, batches: Batches, s
         return update(G, D, optimizer_G, optimizer_D, real_imgs, labels, z, gen_labels)
 
     networks = ranks.wrap(generator, discriminator)
-    fast_batch = fast.batch(train_batch, update, networks, (optimizer_G, optimizer_D), opt, plan, batches.in_memory)
+    fast_batch = fast.batch(train_batch, update, networks, (optimizer_G, optimizer_D), opt, plan, batches)
     if opt.pretrain_class_head and not done:
         departures.pretrain_class_head(opt, networks[1], batches)
 

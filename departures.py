@@ -28,7 +28,7 @@ RECIPES = {
         r1=0.05, r1_on="whole",  # FID from 0.029 to 0.025, and long runs grow better, not worse
         r1_end=0.1,  # agreement up by 0.2 points, coverage by 0.008
         lr=0.004, lr_schedule="linear",  # coverage from 0.34 at 0.001 to 0.72 at 0.003
-        lr_fall=1.0,  # with four D steps: CAS up by 0.3 points
+        lr_fall=1.0,  # with the fourth D step: CAS up by 0.3 points
         b1=0.0, b2=0.99, ema=0.999,  # usual beside R1; never varied alone
     ),
 }  # fmt: skip
@@ -81,8 +81,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--pretrain_class_head", type=epochs, default=0, metavar="N",
         help="epochs in which D's class head first learns the real images alone")
     add("--lr_schedule", choices=["constant", "linear"], default="constant",
-        help="linear: --lr falls to 0 over the last part of the run")
-    add("--lr_fall", type=last, default=0.5, metavar="X", help="which part of the run that is, in (0, 1]")
+        help="linear: --lr falls to 0 over the last --lr_fall of the run")
+    add("--lr_fall", type=last, default=0.5, metavar="X", help="part of the run, at its end, over "
+        "which --lr_schedule linear lets the rate fall, in (0, 1]")
     # fmt: on
 
 

@@ -76,7 +76,6 @@ VARIANTS = {  # name: batches, flags
     "three D steps, 800": (800, THREE),
     "two D steps, 800": (800, [*THREE, "--d_steps", "2"]),
     "three D steps, lr 0.005, 800": (800, [*THREE, "--lr", "0.005"]),
-    "three D steps, lr 0.003, 800": (800, [*THREE, "--lr", "0.003"]),
     "three D steps, the real labels, 800": (800, THREE),
     "three D steps, ema 0.998, 800": (800, [*THREE, "--ema", "0.998"]),
     "three D steps, gamma falls, 800": (800, [*THREE, "--r1_end", "0.1"]),
@@ -86,7 +85,6 @@ VARIANTS = {  # name: batches, flags
     "three D steps, G's rate 0.006, 800": (800, THREE),
     "three D steps, rate and gamma fall from the start, 800": (800, [*THREE, *FALLING]),
     "four D steps, rate and gamma fall from the start, 800": (800, [*THREE, *FALLING, "--d_steps", "4"]),
-    "five D steps, rate and gamma fall from the start, 800": (800, [*THREE, *FALLING, "--d_steps", "5"]),
 }
 
 

@@ -3,7 +3,7 @@
 python -m benchmarks.scorecard            # compare, with tolerances for other processors; exit status 1 if they differ
 python -m benchmarks.scorecard --write    # write the file
 python -m benchmarks.scorecard --table    # the tables of docs/results.md, from the file
-python -m benchmarks.scorecard --noises   # the table of weights/README.md: seeds 0, 1 and 2, five minutes
+python -m benchmarks.scorecard --noises   # means over the seeds 0, 1 and 2, with intervals: six scorecards
 """
 
 import argparse

@@ -56,9 +56,8 @@ class Batches:
         smallest = rest // self.world_size if is_batch else self.batch_size
         if smallest == 0:
             raise BadInput(f"{len(self.labels)} images are too few for {self.world_size} ranks: add images")
-        if (
-            smallest // self.shares <= 1 and img_size == 16
-        ):  # D ends at a single pixel, and its batch norm needs two values
+        # D ends at a single pixel then, and its batch norm needs two values
+        if smallest // self.shares <= 1 and img_size == 16:
             size = self.batch_size // self.shares
             raise BadInput(f"argument --batch_size: {size} leaves one image alone in a batch: choose another")
 

@@ -9,12 +9,12 @@ from fast.process import keep_memory
 __all__ = ["batch", "use_fast_layers"]
 
 
-def batch(train_batch, update, networks, optimizers, opt, plan, in_memory: bool):
+def batch(train_batch, update, networks, optimizers, opt, plan, batches):
     """Return the fastest way that this device has to train on a batch: a function of its indices and its number.
 
     It calls train_batch(generator, discriminator, indices). An `update` that has a method prepare(step, *optimizers)
-    has it called before each batch; what that returns names the kind of the batch. Only full batches use a compiled G.
-    A CUDA graph needs batches from the device's memory (`in_memory`). From here on freed memory is kept. What the
+    has it called before each batch; what that returns names the kind of the batch. Only full `batches` use a compiled
+    G. A CUDA graph needs them in the device's memory. From here on freed memory is kept. What the
     function returns may be overwritten by its next call.
     """
     wrap = InBfloat16 if opt.amp == "bf16" else as_it_is
@@ -27,12 +27,10 @@ def batch(train_batch, update, networks, optimizers, opt, plan, in_memory: bool)
     prepare = getattr(update, "prepare", None)
 
     def run(indices, kind=None):
-        return train_batch(
-            full_generator if len(indices) == opt.batch_size * opt.d_steps else generator, discriminator, indices
-        )
+        return train_batch(full_generator if len(indices) == batches.batch_size else generator, discriminator, indices)
 
     # several ranks talk to each other in mid-batch
-    if device.type == "cuda" and plan.world_size == 1 and in_memory:
+    if device.type == "cuda" and plan.world_size == 1 and batches.in_memory:
         run = CapturedBatches(run, discriminator)
     return lambda indices, step: run(indices, prepare(step, *optimizers) if prepare else None)
 

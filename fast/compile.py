@@ -16,7 +16,7 @@ COMPLAINT = re.compile(r"\b(fatal )?error( [A-Z]+\d+)?: .+|\bld(\.\w+)?: (?!warn
 BREAK_EVEN = 1_500  # batches of a run; compiling won its time back after 800 with AVX-512, once after 1,300 without
 
 
-def choose_compile(opt, device: torch.device, world_size: int, total_steps: int, n_images: int) -> str:
+def choose_compile(opt, device: torch.device, world_size: int, total_steps: int, has_full_batch: bool) -> str:
     """Turn `--compile` into "on" or "off": auto compiles on a CPU, on one rank, if the run has many full batches.
 
     Raises BadInput for "on" with several ranks.
@@ -26,7 +26,7 @@ def choose_compile(opt, device: torch.device, world_size: int, total_steps: int,
     if opt.compile != "auto":
         return opt.compile
     possible = device.type == "cpu" and world_size == 1
-    pays = total_steps >= BREAK_EVEN and n_images >= opt.batch_size * opt.d_steps
+    pays = total_steps >= BREAK_EVEN and has_full_batch
     if possible and not pays and on_terminal():
         announce(f"Compile: off, as a run of fewer than {BREAK_EVEN:,} full batches does not win back its time.")
     return "on" if possible and pays else "off"

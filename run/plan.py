@@ -79,7 +79,7 @@ def make_plan(opt: argparse.Namespace, data: LabelledImages, batches: Batches, r
     schedule_steps = before["schedule_steps"] if before else total_steps
     falls = opt.lr_schedule == "linear"
     if falls and not opt.max_steps:
-        total_steps = schedule_steps  # a resumed run ends where its rate is 0
+        total_steps = min(total_steps, schedule_steps)  # a resumed run ends where its rate is 0
     if checkpoint and checkpoint["step"] >= total_steps:
         at_0 = falls and checkpoint["step"] >= schedule_steps
         more = "the rate of this run is 0, so begin a longer one" if at_0 else "raise --n_epochs or --max_steps"
@@ -87,7 +87,8 @@ def make_plan(opt: argparse.Namespace, data: LabelledImages, batches: Batches, r
     if falls and total_steps > schedule_steps:
         raise BadInput(f"argument --lr_schedule: the rate of this run is 0 after batch {schedule_steps:,}: add "
                        f"--max_steps {schedule_steps}, or start another run with --init_from")  # fmt: skip
-    compile = choose_compile(opt, ranks.device, ranks.world_size, total_steps, len(data.labels))
+    has_full_batch = len(data.labels) >= batches.batch_size
+    compile = choose_compile(opt, ranks.device, ranks.world_size, total_steps, has_full_batch)
     # the range that NumPy accepts
     seed = ranks.broadcast(secrets.randbelow(2**32)) if opt.seed is None else opt.seed
     return Plan(seed=seed, compile=compile, threads=torch.get_num_threads(), world_size=ranks.world_size,

@@ -49,8 +49,8 @@ class Record:
     """The record of a run in its folder, and the user's view of it.
 
     On a terminal it shows a bar for each epoch; piped, it prints a line for each epoch to stdout, and within a long one
-    lines to stderr. A new run first moves
-    an earlier run's files aside. A grid, row or curve that cannot be written is a warning, and the run continues.
+    lines to stderr. A new run first moves an earlier run's files aside. A grid, row or curve that cannot be written is
+    a warning, and the run continues.
 
     If `step` batches are done, the run is resumed, and its record is cut back to there. Raises OSError if the folder
     cannot be written, and BadInput if another run writes there.

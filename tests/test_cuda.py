@@ -38,8 +38,8 @@ def captures(monkeypatch):
 
 def fast_batch(train_batch, update=None, networks=None, optimizers=(), batch_size=64, world_size=1):
     networks = networks or (Generator().cuda(), Discriminator().cuda())
-    opt, plan = Namespace(batch_size=batch_size, d_steps=1, amp="off"), Namespace(compile="off", world_size=world_size)
-    return fast.batch(train_batch, update, networks, optimizers, opt, plan, in_memory=True)
+    plan, batches = Namespace(compile="off", world_size=world_size), Namespace(batch_size=batch_size, in_memory=True)
+    return fast.batch(train_batch, update, networks, optimizers, Namespace(amp="off"), plan, batches)
 
 
 @pytest.mark.parametrize("r1", [0.0, 1.0])

@@ -307,6 +307,8 @@ def test_rate_falls_to_0_over_the_last_part_also_when_resumed(part, train, tmp_p
     wanted = [0.01 * min(1, (1 - step / 9) / part) for step in range(9)]
     with stopped_after(6):
         assert train(*flags, "--max_steps", 9, "--out_dir", tmp_path / "run").status == 143
+    line = errors(train("--resume", tmp_path / "run", "--n_epochs", 2))
+    assert "argument --resume: 6 batches are done: raise --n_epochs or --max_steps" in line
     assert len(rates) == 6 and train("--resume", tmp_path / "run").status == 0
     assert [rate for rate, _ in rates] == [rate for _, rate in rates] == pytest.approx(wanted)
     line = errors(train("--resume", tmp_path / "run", "--n_epochs", 4))

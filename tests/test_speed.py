@@ -76,8 +76,8 @@ def ten_steps(layers):
         labels = draw_labels(len(indices), 10, torch.device("cpu"))
         return acgan.train_step(generator, discriminator, *optimizers, *batches.gather(indices), z, labels)
 
-    opt, plan = Namespace(batch_size=24, d_steps=1, amp="off"), Namespace(compile="off", world_size=1)
-    batch = fast.batch(train_batch, acgan.train_step, networks, optimizers, opt, plan, in_memory=True)
+    opt, plan = Namespace(amp="off"), Namespace(compile="off", world_size=1)
+    batch = fast.batch(train_batch, acgan.train_step, networks, optimizers, opt, plan, batches)
     losses = []
     for step, indices in zip(range(10), batches, strict=False):
         metrics = batch(indices, step)
@@ -184,12 +184,11 @@ def test_cache_that_cannot_be_written_is_named(train, tmp_path, monkeypatch):
 
 
 def test_compiling_is_chosen_by_the_length_of_the_whole_run_on_one_cpu(train, tmp_path, monkeypatch):
-    def choice(batches, device="cpu", world_size=1, n_images=64):
-        opt = Namespace(compile="auto", batch_size=64, d_steps=1)
-        return choose_compile(opt, torch.device(device), world_size, batches, n_images)
+    def choice(batches, device="cpu", world_size=1, has_full=True):
+        return choose_compile(Namespace(compile="auto"), torch.device(device), world_size, batches, has_full)
 
     assert [choice(fast.compile.BREAK_EVEN - 1), choice(fast.compile.BREAK_EVEN)] == ["off", "on"]
-    assert choice(10**6, device="cuda") == choice(10**6, world_size=2) == choice(10**6, n_images=63) == "off"
+    assert choice(10**6, device="cuda") == choice(10**6, world_size=2) == choice(10**6, has_full=False) == "off"
     asked = []
     monkeypatch.setattr(fast.compile, "BREAK_EVEN", 5)
     monkeypatch.setattr(fast, "compiled", lambda generator, batch_size, wrap: asked.append(batch_size) or generator)
