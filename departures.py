@@ -98,12 +98,16 @@ def check(opt: argparse.Namespace) -> None:
     """Raise BadInput for switches that contradict each other."""
     if opt.class_head == "2k" and opt.fake_class_loss == "off":
         raise BadInput("argument --fake_class_loss: off leaves half of --class_head 2k untrained: drop one of the two")
-    recipe = RECIPES[opt.recipe]  # what it asks for gives way to flags beside it
-    if opt.r1_on == "whole" and "r1_on" not in recipe and not penalises_whole(opt):
+    falls = opt.lr_schedule == "linear"
+
+    def typed(name: str, idle) -> bool:  # what a recipe sets gives way to flags beside it
+        return getattr(opt, name) not in (idle, RECIPES[opt.recipe].get(name))
+
+    if typed("r1_on", "validity") and not penalises_whole(opt):
         raise BadInput("argument --r1_on: whole needs --r1 above 0 and --class_head 2k: add both, or drop it")
-    if opt.lr_fall not in (0.5, recipe.get("lr_fall")) and opt.lr_schedule != "linear":
+    if typed("lr_fall", 0.5) and not falls:
         raise BadInput("argument --lr_fall: it needs --lr_schedule linear: add it, or drop both")
-    if opt.r1_end < 1 and opt.r1_end != recipe.get("r1_end") and not (opt.r1 > 0 and opt.lr_schedule == "linear"):
+    if typed("r1_end", 1.0) and not (opt.r1 > 0 and falls):
         raise BadInput("argument --r1_end: it needs --r1 above 0 and --lr_schedule linear: add both, or drop it")
 
 
