@@ -56,8 +56,9 @@ def interpolate(generator: Generator, z: torch.Tensor, start: int, end: int, ste
     return torch.cat([generator.decode(*pair).cpu() for pair in pairs])
 
 
-def find_classes(words: list[str], flag: str, classes: list[str]) -> list[int]:
+def find_classes(words: list[str], flag: str, generator: Generator) -> list[int]:
     """Return class numbers for what was typed: the classes' names, or else their numbers. Raises BadInput."""
+    classes = generator.classes
     known = {name: number for number, name in enumerate(classes)}
     if not any(name.isdigit() for name in classes):
         known |= {str(number): number for number in range(len(classes))}
@@ -65,7 +66,7 @@ def find_classes(words: list[str], flag: str, classes: list[str]) -> list[int]:
     for word in words:
         if word not in known:
             names = ", ".join(classes[:20]) + (f", ... ({len(classes)} in all)" if len(classes) > 20 else "")
-            raise BadInput(f"argument {flag}: {word!r} is not a class: choose from {names}")
+            raise BadInput(f"argument {flag}: {word!r} is not a class of {generator.file.name}: choose from {names}")
     return [known[word] for word in words]
 
 
@@ -111,13 +112,13 @@ def generate(opt: argparse.Namespace) -> None:
     classes = generator.classes
     labels = list(range(len(classes)))
     if opt.interpolate:
-        labels = find_classes(opt.interpolate, "--interpolate", classes)
+        labels = find_classes(opt.interpolate, "--interpolate", generator)
     elif opt.labels is not None:  # a class whose name has a comma can be drawn alone
         words = [opt.labels] if opt.labels in classes else re.split(r"\s*[,，]\s*", opt.labels.strip())
-        labels = find_classes(words, "--labels", classes)
+        labels = find_classes(words, "--labels", generator)
     elif opt.digits is not None:
         words = [opt.digits] if opt.digits in classes else list(opt.digits)
-        labels = find_classes(words, "digits", classes)
+        labels = find_classes(words, "digits", generator)
 
     announce(f"Weights: {generator.origin}")
     if opt.npz:

@@ -51,7 +51,8 @@ def load_folder(root: Path, img_size: int, workers: int, scratch: Path, reading:
     some = [os.path.getsize(path) for path in paths[:: len(paths) // 100 + 1] if os.path.isfile(path)]
     all_good = partial(good, paths=paths, bad=bad, workers=workers if sum(some) > LARGE * len(some) else 1)
 
-    modes = dict(all_good("Checking", pixels.mode_of, range(len(paths))))
+    kinds = dict(all_good("Checking", pixels.kind_of, range(len(paths))))
+    modes = {number: mode for number, (mode, _) in kinds.items()}
     deep = [number for number, mode in modes.items() if mode in pixels.DEEP_GREY]
     lowest, highest = zip((0.0, 0.0), *(pair for _, pair in all_good("Checking", pixels.range_of, deep)), strict=True)
     white = reading.white or (pixels.white_for(max(highest)) if deep else 0)
@@ -68,6 +69,8 @@ def load_folder(root: Path, img_size: int, workers: int, scratch: Path, reading:
         if empty := set(range(len(classes))) - set(labels.tolist()):
             raise BadInput(f"class {classes[min(empty)]!r} has no image that can be read: add some, or remove it")
 
+    if oblong := sum(not kinds[number][1] for number in kinds if number not in bad):
+        announce(f"Images: {counted(oblong, 'image')} of {len(labels):,} cropped to the middle square.")
     if deep:
         values = f"{min(lowest):,.6g} to {max(highest):,.6g}; 0 is taken as black, {white:,} as white"
         announce(f"Images: {len(deep):,} in grey of more than 8 bits, with values from {values}.")

@@ -100,6 +100,11 @@ def mode_of(image: Image.Image) -> str:
     return image.mode
 
 
+def kind_of(image: Image.Image) -> tuple[str, bool]:
+    """Return the mode of an opened image, and whether it is square. Raises as mode_of does."""
+    return mode_of(image), image.width == image.height
+
+
 def range_of(image: Image.Image) -> tuple[float, float]:
     """Return the smallest and the largest value in an opened image of DEEP_GREY. Raises BadImage if not finite."""
     values = np.asarray(image)

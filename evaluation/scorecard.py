@@ -195,4 +195,5 @@ def check_judge(judge: Judge, classes: list[str], img_size: int, channels: int) 
 
     knows, wanted = (judge.classes, judge.config["img_size"], judge.config["channels"]), (classes, img_size, channels)
     if knows != wanted:
-        raise BadInput(f"argument --judge: it knows {kind(*knows)}, but the generator draws {kind(*wanted)}")
+        raise BadInput(f"argument --judge: it knows {kind(*knows)}, but the generator draws {kind(*wanted)}: "
+                       "train one with train_judge.py")  # fmt: skip

@@ -80,13 +80,14 @@ def make_plan(opt: argparse.Namespace, data: LabelledImages, batches: Batches, r
     falls = opt.lr_schedule == "linear"
     if falls and not opt.max_steps:
         total_steps = min(total_steps, schedule_steps)  # a resumed run ends where its rate is 0
+    if checkpoint and falls and checkpoint["step"] >= schedule_steps:
+        raise BadInput(f"argument --resume: this run's rate fell to 0 by its end, batch {schedule_steps:,}: start a "
+                       "longer one in another folder, from the beginning or with --init_from")  # fmt: skip
     if checkpoint and checkpoint["step"] >= total_steps:
-        at_0 = falls and checkpoint["step"] >= schedule_steps
-        more = "the rate of this run is 0, so begin a longer one" if at_0 else "raise --n_epochs or --max_steps"
-        raise BadInput(f"argument --resume: {checkpoint['step']:,} batches are done: {more}")
+        raise BadInput(f"argument --resume: {checkpoint['step']:,} batches are done: raise --n_epochs or --max_steps")
     if falls and total_steps > schedule_steps:
-        raise BadInput(f"argument --lr_schedule: the rate of this run is 0 after batch {schedule_steps:,}: add "
-                       f"--max_steps {schedule_steps}, or start another run with --init_from")  # fmt: skip
+        raise BadInput(f"argument --max_steps: this run's rate falls to 0 by batch {schedule_steps:,}: drop the flag, "
+                       "or start a longer one with --init_from")  # fmt: skip
     has_full_batch = len(data.labels) >= batches.batch_size
     compile = choose_compile(opt, ranks.device, ranks.world_size, total_steps, has_full_batch)
     # the range that NumPy accepts

@@ -58,6 +58,7 @@ class Record:
 
     def __init__(self, opt, plan: Plan, device, steps_per_epoch: int, step: int):
         self.opt, self.plan, self.out_dir, self.steps_per_epoch = opt, plan, opt.out_dir, steps_per_epoch
+        self.n_epochs = -(-plan.total_steps // steps_per_epoch)
         self.bar, self.last_left, self.warned, self.grids_shown = None, 0.0, set(), False
         self.out_dir.mkdir(parents=True, exist_ok=True)
         self.lock = folder.lock(self.out_dir)
@@ -171,7 +172,7 @@ class Record:
         rate = ", {rate_fmt}" if shutil.get_terminal_size().columns >= 100 else ""
         self.bar = tqdm(
             total=min(self.steps_per_epoch, self.plan.total_steps - first), initial=step - first, unit="batch",
-            desc=f"Epoch {epoch + 1}/{self.opt.n_epochs}", mininterval=LOOK_INTERVAL, dynamic_ncols=True,
+            desc=f"Epoch {epoch + 1}/{self.n_epochs}", mininterval=LOOK_INTERVAL, dynamic_ncols=True,
             bar_format="{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}" + rate,
             disable=not on_terminal(),
         )  # fmt: skip
@@ -217,7 +218,7 @@ class Record:
             self.bar.close()
             return
         print_line(
-            f"epoch {epoch + 1:3d}/{self.opt.n_epochs}  batches {step + 1}  D loss {row['d_loss']:.4f}  "
+            f"epoch {epoch + 1:3d}/{self.n_epochs}  batches {step + 1}  D loss {row['d_loss']:.4f}  "
             f"G loss {row['g_loss']:.4f}  ACGAN acc {row['d_acc']:.2%}  "
             f"{(step + 1 - self.epoch_first_step) / took:.2f} batches/s  took {clock(took)}  left {self.left(step)}"
         )
@@ -230,7 +231,7 @@ class Record:
         if self.bar.disable:
             epoch, batch = divmod(step, self.steps_per_epoch)
             place = f"batch {batch + 1:,} of {self.steps_per_epoch:,}"
-            announce(f"Epoch {epoch + 1}/{self.opt.n_epochs}, {place}, {figures}")
+            announce(f"Epoch {epoch + 1}/{self.n_epochs}, {place}, {figures}")
         else:
             self.bar.set_postfix_str(figures, refresh=False)
 
@@ -251,8 +252,9 @@ class Record:
         with self.tolerating("sample grids"):
             atomic_write(path, lambda file: file.write(png.getvalue()), flush=False)
             if not self.grids_shown and not has_screen():
-                serve = typed(sys.executable, "-m", "http.server", "--directory", path.parent)
-                announce(f"Sample grids: {path.parent}. No screen here: copy them (scp), or serve them: {serve}")
+                grids = self.out_dir / "images"
+                serve = typed(sys.executable, "-m", "http.server", "--directory", grids)
+                announce(f"Sample grids: {grids}. No screen here: copy them (scp), or serve them on port 8000: {serve}")
             self.grids_shown = True
         self.to_board("file_writer.add_summary", image_summary(tag, png.getvalue(), *grid.shape), step)
 
@@ -278,9 +280,12 @@ class Record:
 
     def say_end(self, done: int) -> None:
         """Announce what the run leaves after `done` batches, and what to type next."""
-        if done == self.plan.total_steps:
-            film = " and images/film.gif" if (self.out_dir / "images/film.gif").exists() else ""
-            announce(f"Done: {', '.join(WEIGHTS)}{film} are in {os.path.realpath(self.out_dir)}")
+        finished = done == self.plan.total_steps
+        files = [*WEIGHTS, f"images/fixed_z/{done - 1}.png", "images/film.gif"]
+        *others, last = [name for name in files if (self.out_dir / name).exists()]
+        there = f"{', '.join(others)} and {last} are in {os.path.realpath(self.out_dir)}"
+        announce(f"Done: {there}" if finished else f"So far: {there}")
+        if finished:
             announce("To draw with them: " + typed(sys.executable, ROOT / "generate.py", "--weights", self.out_dir))
         else:
             announce(f"Stopped after batch {done:,} of {self.plan.total_steps:,}; to continue: "

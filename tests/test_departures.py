@@ -309,12 +309,14 @@ def test_rate_falls_to_0_over_the_last_part_also_when_resumed(part, train, tmp_p
         assert train(*flags, "--max_steps", 9, "--out_dir", tmp_path / "run").status == 143
     line = errors(train("--resume", tmp_path / "run", "--n_epochs", 2))
     assert "argument --resume: 6 batches are done: raise --n_epochs or --max_steps" in line
+    line = errors(train("--resume", tmp_path / "run", "--max_steps", 12))
+    assert "argument --max_steps: this run's rate falls to 0 by batch 9: drop the flag, or" in line
     assert len(rates) == 6 and train("--resume", tmp_path / "run").status == 0
     assert [rate for rate, _ in rates] == [rate for _, rate in rates] == pytest.approx(wanted)
     line = errors(train("--resume", tmp_path / "run", "--n_epochs", 4))
-    assert "argument --resume: 9 batches are done: the rate of this run is 0, so begin a longer one" in line
+    assert "argument --resume: this run's rate fell to 0 by its end, batch 9: start a longer one" in line
     line = errors(train("--resume", tmp_path / "run", "--max_steps", 12))
-    assert "--lr_schedule: the rate of this run is 0 after batch 9: add --max_steps 9, or" in line
+    assert "batch 9: start a longer one in another folder, from the beginning or with --init_from" in line
 
 
 def test_rate_that_a_graph_reads_keeps_its_place_in_memory():

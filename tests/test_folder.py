@@ -81,7 +81,7 @@ def test_names_of_the_classes_reach_the_record_tensorboard_and_generate(straight
     assert Image.open(tmp_path / "a.png").size == (4 * (2 * 18 + 2), 4 * (5 * 18 + 2))
     assert "5 rows of 2 images, of red disc, " in result.out
     line = errors(call(generate.main, "--labels", "red", *flags))
-    assert "argument --labels: 'red' is not a class: choose from blue cross, green box, red disc" in line
+    assert "argument --labels: 'red' is not a class of acgan_gen_ema.pth: choose from blue cross, green box," in line
 
 
 def test_judge_for_them_can_be_trained_and_scores_with_it(shapes, straight, train, tmp_path, monkeypatch):
@@ -186,6 +186,16 @@ def test_metadata_that_cannot_be_read_do_not_matter(tmp_path, capsys):
         path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(BadInput, match="7 of 7 images cannot be read"):
         load_dataset("folder", tmp_path, 16)
+
+
+def test_images_that_are_not_square_are_cropped_and_counted(tmp_path, capsys):
+    for name, size in (("a", (40, 20)), ("b", (20, 20))):
+        (tmp_path / name).mkdir()
+        image = Image.new("L", size, 200)
+        image.paste(0, (size[0] // 2 - 10, 0, size[0] // 2 + 10, 20))  # black in the middle square alone
+        image.save(tmp_path / name / "1.png")
+    assert load_dataset("folder", tmp_path, 20).images.max() == 0
+    assert capsys.readouterr().err == "Images: 1 image of 2 cropped to the middle square.\n"
 
 
 def test_deep_grey_is_scaled_by_what_the_training_images_hold(tmp_path, train, capsys):

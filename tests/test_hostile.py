@@ -95,7 +95,7 @@ HOSTILE = [  # the command line, and a part of the line that it must print
     ("generate --steps 3", "--steps: only with argument --interpolate"),
     ("generate --interpolate 3 4 --steps 1", "--steps: a row has at least 2 images"),
     # classes
-    ("generate 20x6", "digits: 'x' is not a class: choose from 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"),
+    ("generate 20x6", "digits: 'x' is not a class of best.pth: choose from 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"),
     ("generate ''", "digits: '' is not a class"),
     ("generate ２", "digits: '２' is not a class"),
     ("generate --labels 3,12", "--labels: '12' is not a class"),
