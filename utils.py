@@ -53,8 +53,15 @@ def local_ranks() -> int:
 
 
 def on_terminal() -> bool:
-    """Return True if both outputs are terminals. A piped run shows no bars, nor does one in a notebook."""
-    return all(getattr(stream, "isatty", bool)() for stream in (sys.stdout, sys.stderr))
+    """Return True if both outputs are terminals. A piped run shows no bars, nor does one in a notebook.
+
+    Nor does one in a terminal of no width, as `docker run -t` without -i has, where a bar would be empty.
+    """
+    if not all(getattr(stream, "isatty", bool)() for stream in (sys.stdout, sys.stderr)):
+        return False
+    with contextlib.suppress(OSError):
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    return True
 
 
 def counted(n: int, noun: str) -> str:

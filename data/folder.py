@@ -70,7 +70,7 @@ def load_folder(root: Path, img_size: int, workers: int, scratch: Path, reading:
             raise BadInput(f"class {classes[min(empty)]!r} has no image that can be read: add some, or remove it")
 
     if oblong := sum(not kinds[number][1] for number in kinds if number not in bad):
-        announce(f"Images: {counted(oblong, 'image')} of {len(labels):,} cropped to the middle square.")
+        announce(f"Images: {oblong:,} of {len(labels):,} cropped to the middle square.")
     if deep:
         values = f"{min(lowest):,.6g} to {max(highest):,.6g}; 0 is taken as black, {white:,} as white"
         announce(f"Images: {len(deep):,} in grey of more than 8 bits, with values from {values}.")

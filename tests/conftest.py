@@ -95,10 +95,10 @@ def stopped_after(batches: int):
         yield
 
 
-def on_terminal(main, *flags) -> SimpleNamespace:
-    """Call a script's main() in a pseudo-terminal of 80x24; has .status and .lines, with every state of a bar."""
+def on_terminal(main, *flags, columns: int = 80) -> SimpleNamespace:
+    """Call a script's main() in a pseudo-terminal of 24 rows; has .status and .lines, with every state of a bar."""
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     output = []
 
     def read():

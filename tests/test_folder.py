@@ -195,7 +195,7 @@ def test_images_that_are_not_square_are_cropped_and_counted(tmp_path, capsys):
         image.paste(0, (size[0] // 2 - 10, 0, size[0] // 2 + 10, 20))  # black in the middle square alone
         image.save(tmp_path / name / "1.png")
     assert load_dataset("folder", tmp_path, 20).images.max() == 0
-    assert capsys.readouterr().err == "Images: 1 image of 2 cropped to the middle square.\n"
+    assert capsys.readouterr().err == "Images: 1 of 2 cropped to the middle square.\n"
 
 
 def test_deep_grey_is_scaled_by_what_the_training_images_hold(tmp_path, train, capsys):

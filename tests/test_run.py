@@ -93,6 +93,13 @@ def test_bar_of_80_columns_shows_all_figures_and_time_left(tmp_path, monkeypatch
     assert re.search(r"\| 1/1, left 0:00:00, D Loss \d\.\d{3}, G Loss \d\.\d{3}, Acc \d+\.\d%$", last), last
 
 
+def test_terminal_of_no_width_gets_lines_in_place_of_bars(tmp_path, monkeypatch):
+    monkeypatch.setattr(acgan, "load_dataset", small.few(60))
+    flags = ["--device", "cpu", "--seed", 0, *SMALL, "--max_steps", 3, "--out_dir", tmp_path]
+    shown = on_terminal(acgan.main, *flags, columns=0)
+    assert shown.status == 0 and any(line.startswith("epoch   1/1  batches 3 ") for line in shown.lines)
+
+
 def test_metrics_rows(epochs_run):
     rows = read_rows(epochs_run[0])
     assert [(row["step"], row["epoch"]) for row in rows] == [(0, 0), (2, 0), (4, 1), (6, 2)]

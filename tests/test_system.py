@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import small
 import torch
-from conftest import call, errors, files, read_rows, stopped_after
+from conftest import ROOT, call, errors, files, read_rows, stopped_after
 from shapes import make_folder
 
 import acgan
@@ -381,3 +381,12 @@ def test_everything_runs_without_what_only_posix_has_in_a_folder_with_spaces_and
     assert result.returncode == 0, result.stderr
     assert "modules without SIGHUP, SIGKILL, fcntl, fork" in result.stdout
     assert {"drawn.png", "run", "mine", "images of mine"} == {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("script", ["acgan", "generate", "evaluate", "train_judge"])
+def test_python_without_pytorch_is_told_which_one_has_it(script, tmp_path):
+    command = [sys.executable, "-S", ROOT / f"{script}.py"]  # without the installed packages
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 2 and line.startswith(f"{script}.py: error: {sys.executable} has no PyTorch: type ")
+    assert not any(tmp_path.iterdir())
