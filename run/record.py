@@ -293,7 +293,12 @@ class Record:
 
 
 def has_screen() -> bool:
-    """Return True if pictures can probably be seen where the run is: not over ssh, nor on Linux without windows."""
+    """Return True if pictures can probably be seen where the run is: not over ssh, nor on Linux without windows.
+
+    A notebook's file browser shows them.
+    """
+    if "ipykernel" in sys.modules:
+        return True
     windows = not sys.platform.startswith("linux") or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
     return windows and "SSH_CONNECTION" not in os.environ
 
