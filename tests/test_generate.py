@@ -1,6 +1,7 @@
 """Digits by request: the right ones, the same for the same seed."""
 
 import contextlib
+import re
 import subprocess
 import sys
 
@@ -90,6 +91,10 @@ def test_data_set(tmp_path, monkeypatch):
     monkeypatch.setattr(drawing, "CHUNK", 100)  # of 260 images
     result = call(generate.main, "-n", 26, "--npz", tmp_path / "set.npz")
     assert result.status == 0 and result.out == f"{tmp_path / 'set.npz'}: 260 images\n"
+    page, documented = (ROOT / "docs" / "outputs.md").read_text(), {}
+    (snippet,) = re.findall(r"```python\n(import numpy.*?)```", page, re.DOTALL)
+    exec(snippet.replace('"digits.npz"', "path"), {"path": tmp_path / "set.npz"}, documented)
+    assert documented["labels"].tolist()[:11] == [*range(10), 0] and documented["names"][3] == "3"
     with np.load(tmp_path / "set.npz") as file:
         images, labels, classes = file["images"], file["labels"], file["classes"]
     assert images.shape == (260, 1, 32, 32) and images.dtype == np.uint8

@@ -293,7 +293,7 @@ def test_run_starts_from_the_tensors_of_earlier_weights(recipe, begun):
 
 def snippets():
     """The Python of docs/outputs.md: how to load a weight file, how to draw with it, and how with models.py alone."""
-    load, draw, alone = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "outputs.md").read_text(), re.DOTALL)
+    load, draw, alone, _ = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "outputs.md").read_text(), re.DOTALL)
     return load, draw, alone
 
 
