@@ -55,7 +55,7 @@ def local_ranks() -> int:
 def on_terminal() -> bool:
     """Return True if both outputs are terminals. A piped run shows no bars, nor does one in a notebook.
 
-    Nor does one in a terminal of no width, as `docker run -t` without -i has, where a bar would be empty.
+    Nor does one in a terminal of no width, as `script` makes in a pipe, where a bar would be empty.
     """
     if not all(getattr(stream, "isatty", bool)() for stream in (sys.stdout, sys.stderr)):
         return False

@@ -14,8 +14,8 @@ def batch(train_batch, update, networks, optimizers, opt, plan, batches):
 
     It calls train_batch(generator, discriminator, indices). An `update` that has a method prepare(step, *optimizers)
     has it called before each batch; what that returns names the kind of the batch. Only full `batches` use a compiled
-    G. A CUDA graph needs them in the device's memory. From here on freed memory is kept. What the
-    function returns may be overwritten by its next call.
+    G. A CUDA graph needs them in the device's memory. From here on freed memory is kept. What the function returns may
+    be overwritten by its next call.
     """
     wrap = InBfloat16 if opt.amp == "bf16" else as_it_is
     generator, discriminator = map(wrap, networks)

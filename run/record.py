@@ -284,7 +284,7 @@ class Record:
         files = [*WEIGHTS, f"images/fixed_z/{done - 1}.png", "images/film.gif"]
         *others, last = [name for name in files if (self.out_dir / name).exists()]
         there = f"{', '.join(others)} and {last} are in {os.path.realpath(self.out_dir)}"
-        announce(f"Done: {there}" if finished else f"So far: {there}")
+        announce(f"{'Done' if finished else 'So far'}: {there}")
         if finished:
             announce("To draw with them: " + typed(sys.executable, ROOT / "generate.py", "--weights", self.out_dir))
         else:

@@ -163,7 +163,7 @@ def test_name_of_a_class_is_drawn_before_its_characters(tmp_path):
                          (["--labels", "1,10"], "1, 10"), (["0110"], "0, 1, 1, 0")]:  # fmt: skip
         result = call(generate.main, *words, *flags)
         assert result.status == 0 and result.out.endswith(f", of {drawn}\n"), result
-    assert "digits: 'a' is not a class of " in errors(call(generate.main, "a1", *flags))
+    assert "'a' is not a class of small.pth: choose from 0, 1, 2, 10, " in errors(call(generate.main, "a1", *flags))
     assert call(generate.main, "10", "--weights", tmp_path / "small.pth", "--npz", tmp_path / "a.npz").status == 0
     with np.load(tmp_path / "a.npz") as file:
         assert file["classes"].tolist() == classes and (file["classes"][file["labels"]] == "10").all()
