@@ -86,10 +86,10 @@ VARIANTS = {  # name: batches, flags
     "three D steps, rate and gamma fall from the start, 800": (800, [*THREE, *FALLING]),
     "four D steps, rate and gamma fall from the start, 800": (800, [*THREE, *FALLING, "--d_steps", "4"]),
     # how long runs end
-    "first edition, 6000": (6000, [*WHOLE, "--r1", "0.05"]),
-    "second edition, 6000": (6000, [*THREE, *FALLING, "--d_steps", "4"]),
     "four D steps, rate falls from the start, 6000": (6000, [*THREE, "--lr_fall", "1", "--d_steps", "4"]),
     "two D steps, rate falls from the start, 6000": (6000, [*THREE, "--lr_fall", "1", "--d_steps", "2"]),
+    "one D step, rate falls from the start, 6000": (6000, [*THREE, "--lr_fall", "1", "--d_steps", "1"]),
+    "two D steps, gamma 0.2, 6000": (6000, [*THREE, "--lr_fall", "1", "--d_steps", "2", "--r1", "0.2"]),
 }
 
 
