@@ -90,6 +90,8 @@ VARIANTS = {  # name: batches, flags
     "two D steps, rate falls from the start, 6000": (6000, [*THREE, "--lr_fall", "1", "--d_steps", "2"]),
     "one D step, rate falls from the start, 6000": (6000, [*THREE, "--lr_fall", "1", "--d_steps", "1"]),
     "two D steps, gamma 0.2, 6000": (6000, [*THREE, "--lr_fall", "1", "--d_steps", "2", "--r1", "0.2"]),
+    "two D steps, gamma 0.02, 6000": (6000, [*THREE, "--lr_fall", "1", "--d_steps", "2", "--r1", "0.02"]),
+    "two D steps, rate and gamma fall from the start, 6000": (6000, [*THREE, *FALLING, "--d_steps", "2"]),
 }
 
 
