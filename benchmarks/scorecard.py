@@ -17,7 +17,7 @@ from benchmarks.cells import ROOT, mean_and_interval
 from data import load_train_and_test
 from evaluation.judge import load_judge
 from evaluation.scorecard import COMMITTED, QUICK, ROWS, committed_real_scores, scorecard
-from fast.process import tune_process
+from fast.process import keep_memory, tune_process
 from run.weights import load_network
 
 WEIGHTS = ("weights/best.pth", "weights/acgan_gen.pth")
@@ -29,6 +29,7 @@ RELATIVE = 0.02  # of the other scores
 def score(weights: str, seed: int = 0, real_scores: tuple | None = None) -> dict:
     """Return the scorecard of evaluate.py, with the real digits' half computed too if it is not given."""
     tune_process(torch.device("cpu"))
+    keep_memory(torch.device("cpu"))
     generator = load_network(ROOT / weights).eval()
     fast.use_fast_layers(generator)
     train_set, test_set = load_train_and_test("mnist", None, None, 32)
