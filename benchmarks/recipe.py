@@ -27,7 +27,7 @@ from data import load_dataset
 from data.drawing import draw_set
 from evaluation.judge import load_judge, train_classifier
 from evaluation.metrics import show_to
-from evaluation.scorecard import Counts, score_images
+from evaluation.scorecard import Counts, balanced, score_images
 from fast.process import tune_process
 from run.weights import load_network, save_network
 
@@ -91,7 +91,7 @@ VARIANTS = {  # name: batches, flags
     "one D step, rate falls from the start, 6000": (6000, [*THREE, "--lr_fall", "1", "--d_steps", "1"]),
     "two D steps, gamma 0.2, 6000": (6000, [*THREE, "--lr_fall", "1", "--d_steps", "2", "--r1", "0.2"]),
     "two D steps, gamma 0.02, 6000": (6000, [*THREE, "--lr_fall", "1", "--d_steps", "2", "--r1", "0.02"]),
-    "two D steps, rate and gamma fall from the start, 6000": (6000, [*THREE, *FALLING, "--d_steps", "2"]),
+    "real digits": (0, []),  # as many of those to train on
 }
 
 
@@ -169,27 +169,38 @@ def held_out_judge(path: Path, data):
     return load_judge(path)
 
 
-def run_cell(name: str, seed: int, judge_path: Path) -> None:
-    """Train and score one cell in this process, and append its row."""
+def train_generator(name: str, seed: int) -> torch.nn.Module:
+    """Train one cell's networks on the first digits; return the EMA."""
     batches, flags = VARIANTS[name]
     acgan.load_dataset = first_digits
     CHANGES.get(name, lambda: None)()
     with tempfile.TemporaryDirectory() as out_dir:
-        start = time.monotonic()
         few_files = ["--sample_interval", "100000", "--checkpoint_interval", "100000"]
         status = acgan.main([*flags, "--seed", str(seed), "--max_steps", str(batches), "--out_dir", out_dir,
                              "--compile", "on", *few_files])  # fmt: skip
-        seconds = time.monotonic() - start
         if status:
             sys.exit(status)
         generator = load_network(Path(out_dir) / "acgan_gen_ema.pth").eval()
-        fast.use_fast_layers(generator)
+    fast.use_fast_layers(generator)
+    return generator
+
+
+def run_cell(name: str, seed: int, judge_path: Path) -> None:
+    """Train and score one cell in this process, and append its row."""
+    batches, flags = VARIANTS[name]
+    start = time.monotonic()
+    generator = train_generator(name, seed) if batches else None
+    seconds = time.monotonic() - start
     tune_process(torch.device("cpu"))
     data = load_dataset("mnist", None, 32)
     judge = held_out_judge(judge_path, data)
-    labels = torch.arange(10).repeat(COUNTS.cas)
+    if generator:
+        labels = torch.arange(10).repeat(COUNTS.cas)
+        images = draw_set(generator, labels, seed=0)
+    else:
+        images, labels = balanced(data.images[:TRAINED], data.labels[:TRAINED], COUNTS.cas, 10, seed)
     real = show_to(judge, data.images[TRAINED:], data.labels[TRAINED:])
-    scores, by_class = score_images(draw_set(generator, labels, seed=0), labels, real, judge, COUNTS)
+    scores, by_class = score_images(images, labels, real, judge, COUNTS)
     scores["worst_coverage"] = min(row["coverage"] for row in by_class)
     scores = {key: round(value, 5) for key, value in scores.items()}
     row = dict(name=name, seed=seed, batches=batches, flags=flags, seconds=round(seconds, 1), **scores)
