@@ -52,7 +52,7 @@ def test_picture_shows_the_digits_asked_for(flags, rows, wanted, tmp_path):
     names = ", ".join(str(digit) for digit in wanted)
     assert result.status == 0
     assert result.out == f"{tmp_path / 'a.png'}: {rows} rows of {len(wanted)} images, of {names}\n"
-    assert result.err == f"Weights: {BUNDLED_GENERATOR}\n"
+    assert result.err == f"Weights: {BUNDLED_GENERATOR}, after batch 13,132\n"
     images = cells(tmp_path / "a.png", rows, len(wanted))
     assert len(images.flatten(1).unique(dim=0)) == rows * len(wanted)  # variants, not copies
     recognised = judge_images(load_judge(None), images)[1]
