@@ -5,8 +5,8 @@
 
 Each cell trains `acgan.py` on the first 50,000 training digits. A judge of these scores the EMA against the other
 10,000, and CAS is tested on them. The test digits are never read. Cells run one at a time, as two at once on two cores
-are many times slower. Rows with `--d_width` or `--d_deviation on` can be made again at commit 2d0af8b. Those
-where gamma or, from the start, the rate falls were made before that had a flag, so their own flags do not say so.
+are many times slower. Rows with `--d_width` or `--d_deviation on` can be made again at commit 2d0af8b. Some where
+gamma or, from the start, the rate falls were made before that had a flag, so their own flags do not say so.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from benchmarks.cells import ROOT, append_rows, read_rows, run_cells
 from data import load_dataset
 from data.drawing import draw_set
 from evaluation.judge import load_judge, train_classifier
-from evaluation.metrics import show_to
+from evaluation.metrics import agreement, show_to
 from evaluation.scorecard import Counts, balanced, score_images
 from fast.process import tune_process
 from run.weights import load_network, save_network
@@ -201,6 +201,8 @@ def run_cell(name: str, seed: int, judge_path: Path) -> None:
         images, labels = balanced(data.images[:TRAINED], data.labels[:TRAINED], COUNTS.cas, 10, seed)
     real = show_to(judge, data.images[TRAINED:], data.labels[TRAINED:])
     scores, by_class = score_images(images, labels, real, judge, COUNTS)
+    if not generator:
+        scores["agreement"] = agreement(real)  # the judge has learned the other digits
     scores["worst_coverage"] = min(row["coverage"] for row in by_class)
     scores = {key: round(value, 5) for key, value in scores.items()}
     row = dict(name=name, seed=seed, batches=batches, flags=flags, seconds=round(seconds, 1), **scores)
