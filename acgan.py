@@ -59,7 +59,7 @@ adversarial_loss, auxiliary_loss = nn.BCELoss(), nn.CrossEntropyLoss()
 
 
 def train_step(generator, discriminator, optimizer_G, optimizer_D, real_imgs, labels, z, gen_labels) -> dict:
-    """Update D once, then G once, on one batch (tutorial, "训练过程"). If a loss departs, departures.Step does it.
+    """Update D once, then G once, on one batch (tutorial, "训练过程"). Where it departs, departures.Step does it.
 
     Args:
         real_imgs, labels: real images, float32 (B, C, H, W) in [-1, 1], and their classes, int64 (B,).
@@ -182,7 +182,8 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
     # fmt: off
     add = parser.add_argument_group("training").add_argument
     add("--n_epochs", type=COUNT, default=200, metavar="N", help="passes over the data")
-    add("--max_steps", type=COUNT, metavar="N", help="stop after N batches, for a quick look (default: no limit)")
+    add("--max_steps", type=COUNT, metavar="N", help="end after N batches, in which --lr_schedule "
+        "linear brings the rate to 0; --resume needs it typed again (default: no limit)")
     add("--batch_size", type=COUNT, default=64, metavar="N", help="images a batch, on each rank of torchrun")
     add("--lr", type=rate, default=0.0002, metavar="X", help="Adam: learning rate of both networks")
     add("--b1", type=beta, default=0.5, metavar="X", help="Adam: decay of the gradient's mean, in [0, 1)")
@@ -220,7 +221,8 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
     add("--checkpoint_interval", type=COUNT, metavar="N",
         help=f"batches between checkpoints (default: one every {Checkpoints.SECONDS} seconds)")
     add("--sample_interval", type=COUNT, default=400, metavar="N", help="batches between sample grids")
-    add("--log_interval", type=COUNT, default=50, metavar="N", help="batches between rows of metrics.jsonl, and points")
+    add("--log_interval", type=COUNT, default=50, metavar="N", help="batches between rows of metrics.jsonl, "
+        "and between TensorBoard's points")
     add("--eval_interval", type=COUNT, metavar="N", help="epochs between scores of the EMA, of which the best is kept; "
         "needs requirements-eval.txt (default: no scores)")
     add("--judge", type=Path, metavar="FILE", help="judge for the scores, of train_judge.py (default: the bundled one)")
@@ -233,7 +235,8 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
     else:
         argv = with_saved_options(parser, argv, saved)
     opt = parser.parse_args(argv)
-    departures.check(opt)
+    if saved is not None or opt.resume is None:  # else the checkpoint's options are still to come
+        departures.check(opt)
     if opt.init_from and not opt.init_from.exists():
         parser.error(f"argument --init_from: there is no {str(opt.init_from)!r}: name a run's folder or a weight file")
     if opt.resume and opt.out_dir not in (None, Path(opt.resume)):
@@ -263,14 +266,14 @@ def start(argv: list[str] | None) -> int:
     if not ranks.rank:
         check_tensorboard()
     try:
-        with ranks.rank_0_first():  # it alone downloads
+        with ranks.rank_0_first():  # it alone downloads, and scores
             scratch, reading = nearest_folder(opt.out_dir), how_to_read(opt, before)
             data = load_dataset(opt.dataset, opt.data_root, opt.img_size, opt.n_cpu, scratch, reading)
-        batches = Batches(data, opt.batch_size, ranks.device, ranks, opt.d_deviation == "class", opt.d_steps)
+            batches = Batches(data, opt.batch_size, ranks.device, ranks, opt.d_deviation == "class", opt.d_steps)
+            scorer = None
+            if opt.eval_interval and not ranks.rank:
+                scorer = EpochScorer(opt.eval_interval * len(batches), opt.judge, data, ranks.device)
         plan = make_plan(opt, data, batches, ranks, checkpoint)
-        scorer = None
-        if opt.eval_interval and not ranks.rank:
-            scorer = EpochScorer(opt.eval_interval * len(batches), opt.judge, data, ranks.device)
         if opt.seed is None:
             announce(f"Seed: {plan.seed}; --seed {plan.seed} repeats this run.")
         announce(choose_device(opt.device)[1])  # with the threads that are set by now
@@ -282,7 +285,7 @@ def start(argv: list[str] | None) -> int:
                 announce("Another --sample_interval or --compile: the run resumes, but not bit-exactly.")
         status = train(opt, plan, ranks, batches, scorer, checkpoint)
     except (Diverged, LostRank) as error:
-        report_error("acgan.py", f"{error}; {describe_last(opt.out_dir)}")
+        report_error("acgan.py", f"{error}; {describe_last(opt.out_dir, checkpoint)}")
         return 1
     ranks.close()
     return status

@@ -73,7 +73,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--d_steps", type=COUNT, default=1, metavar="K", help="updates of D for one of G: a batch then has K times "
         "--batch_size real images, a share for each update, and --batch_size generated ones, the same for all; so an "
         "epoch has fewer batches")
-    add("--r1", type=gamma, default=0.0, metavar="GAMMA", help="R1 penalty on D's gradient at real images; 0: none")
+    add("--r1", type=gamma, default=0.0, metavar="GAMMA", help="R1 penalty on D's gradient at real images, in one "
+        f"batch of {R1_EVERY} and times {R1_EVERY}; 0: none")
     add("--r1_on", choices=["validity", "whole"], default="validity", help="what --r1 penalises: the slope of D's "
         "validity; or, with --class_head 2k, of all that G climbs: validity + log C[y] - log C[y + K]")
     add("--r1_end", type=part, default=1.0, metavar="X", help="what is left of --r1 at the end, if it falls with "
@@ -277,7 +278,7 @@ def step(opt: argparse.Namespace, schedule_steps: int):
 
 @dataclass
 class Step:
-    """An update with other losses than the tutorial's. As it stands, it does what acgan.train_step does, bit for bit.
+    """An update that departs from the tutorial's. As it stands, it does what acgan.train_step does, bit for bit.
 
     logits: D returns logits, and the losses take them: without the tutorial's second softmax.
     fake_class_loss: D learns classes from generated images, too.

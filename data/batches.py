@@ -49,7 +49,7 @@ class Batches:
         # fewer images than ranks make no batch of their own: they join the last one
         return whole + (rest >= self.world_size) if whole else 1
 
-    def check(self, img_size: int) -> None:
+    def check(self, img_size: int, d_norm: str) -> None:
         """Raise BadInput if the smallest batch of any rank, or a share of it, is too small to train on."""
         rest = len(self.labels) % (self.batch_size * self.world_size)
         is_batch = rest >= self.world_size or len(self.labels) == rest
@@ -57,7 +57,7 @@ class Batches:
         if smallest == 0:
             raise BadInput(f"{len(self.labels)} images are too few for {self.world_size} ranks: add images")
         # D ends at a single pixel then, and its batch norm needs two values
-        if smallest // self.shares <= 1 and img_size == 16:
+        if smallest // self.shares <= 1 and img_size == 16 and d_norm == "batch":
             size = self.batch_size // self.shares
             raise BadInput(f"argument --batch_size: {size} leaves one image alone in a batch: choose another")
 

@@ -54,8 +54,8 @@ def load_folder(root: Path, img_size: int, workers: int, scratch: Path, reading:
     kinds = dict(all_good("Checking", pixels.kind_of, range(len(paths))))
     modes = {number: mode for number, (mode, _) in kinds.items()}
     deep = [number for number, mode in modes.items() if mode in pixels.DEEP_GREY]
-    lowest, highest = zip((0.0, 0.0), *(pair for _, pair in all_good("Checking", pixels.range_of, deep)), strict=True)
-    white = reading.white or (pixels.white_for(max(highest)) if deep else 0)
+    ranges = dict(all_good("Checking", pixels.range_of, deep))  # the smallest and the largest value of each
+    white = reading.white or (pixels.white_for(max(high for _, high in ranges.values())) if ranges else 0)
     channels = reading.channels or (1 if set(modes.values()) <= pixels.GREY else 3)
 
     to_square = partial(pixels.square_of, channels=channels, white=white, img_size=img_size)
@@ -71,9 +71,10 @@ def load_folder(root: Path, img_size: int, workers: int, scratch: Path, reading:
 
     if oblong := sum(not kinds[number][1] for number in kinds if number not in bad):
         announce(f"Images: {oblong:,} of {len(labels):,} cropped to the middle square.")
-    if deep:
-        values = f"{min(lowest):,.6g} to {max(highest):,.6g}; 0 is taken as black, {white:,} as white"
-        announce(f"Images: {len(deep):,} in grey of more than 8 bits, with values from {values}.")
+    if seen := [pair for number, pair in ranges.items() if number not in bad]:
+        lowest, highest = min(low for low, _ in seen), max(high for _, high in seen)
+        values = f"{lowest:,.6g} to {highest:,.6g}; 0 is taken as black, {white:,} as white"
+        announce(f"Images: {len(seen):,} in grey of more than 8 bits, with values from {values}.")
     if not reading.channels and channels == 3:
         grey = sum(modes[number] in pixels.GREY for number in modes if number not in bad)
         if grey == len(labels):  # only those left out are in colour

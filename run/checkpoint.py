@@ -164,11 +164,13 @@ def read_to_resume(folder: Path) -> dict:
     return checkpoint
 
 
-def describe_last(folder: Path) -> str:
-    """Return the place of the last good checkpoint in `folder`, in words."""
+def describe_last(folder: Path, resumed: dict | None) -> str:
+    """Return the place of the last good checkpoint of a run that may have `resumed` another, in words."""
     try:
         checkpoint = read_checkpoint(folder, quiet=True)
     except BadInput:
+        return "there is no checkpoint yet"
+    if checkpoint["finished"] and not resumed:  # of an earlier run
         return "there is no checkpoint yet"
     return f"the last good checkpoint is {checkpoint['file']}, after batch {checkpoint['step']}"
 

@@ -117,7 +117,7 @@ def move(source: Path, target: Path) -> None:
 
 
 def drop_older_checkpoints(out_dir: Path, latest: Path) -> None:
-    """Delete the checkpoints, 45 MB each, of all earlier runs but the newest that has one: it alone may be extended.
+    """Delete the checkpoints of all earlier runs but the newest that has one: it alone may be extended.
 
     `latest` is the folder of the newest run; the age of others is that of their files, as local time may go back.
 

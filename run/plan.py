@@ -72,7 +72,7 @@ def make_plan(opt: argparse.Namespace, data: LabelledImages, batches: Batches, r
         if getattr(opt, name) not in (None, found[name]):
             wrong = f"{opt.dataset} has {found[name]}, not {getattr(opt, name)}"
             raise BadInput(f"argument --{name}: {wrong}: drop the flag")
-    batches.check(opt.img_size)
+    batches.check(opt.img_size, opt.d_norm)
     if ranks.device.type == "cuda" and ranks.world_size > 1 and opt.r1 and opt.d_norm == "batch":
         raise BadInput("argument --r1: on several GPUs batch norm has no second derivative: add --d_norm none")
     total_steps = min(opt.max_steps or math.inf, opt.n_epochs * len(batches))

@@ -309,7 +309,7 @@ def command_to_continue(opt, plan: Plan) -> str:
     if plan.world_size > 1:
         words += ["-m", "torch.distributed.run", f"--nproc_per_node={plan.world_size}"]
     words += [ROOT / "acgan.py", "--resume", opt.out_dir]
-    for name, default in (("data_root", None), ("max_steps", None), ("device", "auto"), ("bad_images", "refuse")):
+    for name, default in (("data_root", None), ("max_steps", None), ("device", "auto")):
         if getattr(opt, name) != default:
             words += [f"--{name}", getattr(opt, name)]
     return typed(*words)

@@ -71,7 +71,7 @@ def further_trained(folder: Path, part: str, networks: dict) -> tuple[Path, dict
             raise
         return checkpoint["file"], checkpoint, f"; {file.name} cannot be read"
     if checkpoint is None:
-        return file, packed, f"; {NEWEST} beside it is corrupt" if has_checkpoint(folder) else ""
+        return file, packed, f"; {NEWEST} beside it cannot be read" if has_checkpoint(folder) else ""
     if checkpoint["finished"] if step is None else step >= checkpoint["step"]:
         return file, packed, ""
     if checkpoint["format"] != FORMAT:

@@ -293,6 +293,19 @@ def test_pretrained_class_head_recognises_real_digits(capsys):
         assert (discriminator.eval()(real_imgs)[1].argmax(1) == labels).float().mean() > 0.9
 
 
+def test_pretraining_that_diverges_does_not_call_an_earlier_runs_checkpoint_its_own(train, tmp_path):
+    assert train(*SMALL, "--max_steps", 1, "--out_dir", tmp_path).status == 0
+    flags = ["--pretrain_class_head", 3, "--lr", 1e30, "--class_loss", "logits", "--out_dir", tmp_path]
+    result = train(*SMALL, *flags)
+    assert result.status == 1 and result.err.endswith("is pretrained; there is no checkpoint yet\n")
+    assert (tmp_path / NEWEST).exists()
+
+
+def test_image_alone_in_a_batch_is_fine_without_batch_norm(train, tmp_path):
+    flags = [*SMALL, *BEST, "--d_steps", 1, "--batch_size", 15, "--n_epochs", 4, "--out_dir", tmp_path]
+    assert train(*flags, digits=16).status == 0 and len(read_rows(tmp_path)) == 8
+
+
 @pytest.mark.parametrize("part", [0.5, 1])
 def test_rate_falls_to_0_over_the_last_part_also_when_resumed(part, train, tmp_path, monkeypatch):
     rates, prepare = [], Step.prepare
@@ -347,21 +360,21 @@ def test_every_switch_trains_otherwise(flags, plain, train, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "contradiction"),
+    ("flags", "contradiction", "same"),
     [
-        ([*BEST, "--n_epochs", 9], ["--d_norm", "batch"]),
-        ([*OTHERS, "--n_epochs", 4], ["--fake_class_loss", "on"]),
+        ([*BEST, "--n_epochs", 9], ["--d_norm", "batch"], ["--lr_fall", 1.0]),
+        ([*OTHERS, "--n_epochs", 4], ["--fake_class_loss", "on"], ["--d_steps", 2]),
     ],
     ids=["best", "others"],
 )
-def test_run_with_switches_resumes_bit_exactly_and_its_weights_draw(flags, contradiction, train, tmp_path):
+def test_run_with_switches_resumes_bit_exactly_and_its_weights_draw(flags, contradiction, same, train, tmp_path):
     flags = [*SMALL, *flags]  # nine batches, and eight
     assert train(*flags, "--out_dir", tmp_path / "straight").status == 0
     with stopped_after(5):
         assert train(*flags, "--out_dir", tmp_path / "run").status == 143
     line = errors(train("--resume", tmp_path / "run", *contradiction))
     assert f"argument --resume: the checkpoint has {contradiction[0]} " in line
-    result = train("--resume", tmp_path / "run")
+    result = train("--resume", tmp_path / "run", *same)
     assert result.status == 0 and "Pretrained" not in result.err
     assert_same_run(tmp_path / "run", tmp_path / "straight")
     weights = ["--weights", tmp_path / "run", "--out", tmp_path / "a.png", "--device", "cpu"]

@@ -78,7 +78,7 @@ def test_any_number_of_ranks_shares_an_epoch(n, batch_size, world_size):
         batches = Batches(data, batch_size, "cpu", SimpleNamespace(rank=rank, world_size=world_size, broadcast=int))
         shares.append(list(batches))
         assert len(shares[-1]) == len(batches)
-        batches.check(32)
+        batches.check(32, "batch")
     sizes = [len(indices) for share in shares for indices in share]
     assert torch.cat([indices for share in shares for indices in share]).sort().values.tolist() == list(range(n))
     assert 1 <= min(sizes) <= max(sizes) <= batch_size + 1
@@ -87,7 +87,7 @@ def test_any_number_of_ranks_shares_an_epoch(n, batch_size, world_size):
 def test_too_few_images_for_the_ranks_are_refused():
     ranks = SimpleNamespace(rank=0, world_size=4, broadcast=int)
     with pytest.raises(BadInput, match="3 images are too few for 4 ranks"):
-        Batches(LabelledImages(torch.zeros(3, 1), torch.zeros(3), ["a", "b"]), 8, "cpu", ranks).check(32)
+        Batches(LabelledImages(torch.zeros(3, 1), torch.zeros(3), ["a", "b"]), 8, "cpu", ranks).check(32, "batch")
 
 
 def test_lost_ranks_lose_nothing_as_torchrun_restarts_the_run(straight, start_two, tmp_path):
@@ -124,6 +124,14 @@ def test_divergence_on_the_second_rank_is_no_traceback_and_the_run_can_be_contin
     _, err = process.communicate()
     assert process.returncode == 0 and "Resuming after batch 6 of 20." in err, err
     assert_same_run(tmp_path, straight)
+
+
+def test_scores_that_cannot_be_made_end_all_ranks_without_a_traceback(start_two, tmp_path):
+    process = start_two(tmp_path, "--eval_interval", 1)  # the bundled judge knows larger images
+    _, err = process.communicate()
+    assert process.returncode != 0 and "argument --judge: it knows 10 classes (0, 1, 2, ...) in grey, 32 pixels" in err
+    assert "rank 1: rank 0 was lost; there is no checkpoint yet" in err
+    assert 'acgan.py", line' not in err and not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_checkpoint_of_two_ranks_is_not_for_one(straight, train):

@@ -417,7 +417,7 @@ def test_networks_of_a_run_are_those_of_its_weights_or_its_checkpoint_whichever_
     assert origins(copy, equal_to=weights) == {file: f"{copy / file}{words}" for file in names}
     (copy / NEWEST).write_bytes(b"")
     (copy / PREVIOUS).unlink()
-    words = f"; {NEWEST} beside it is corrupt"
+    words = f"; {NEWEST} beside it cannot be read"
     assert origins(copy, equal_to=weights) == {file: f"{copy / file}{words}" for file in names}
 
 
