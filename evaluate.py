@@ -42,12 +42,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add_weights_flag(parser)
     add("--judge", type=Path, metavar="FILE", help="the judge, from train_judge.py (default: the bundled one)")
-    add(
-        "--full",
-        action="store_true",
-        help=f"score {FULL.scored:,} images a class (default: {QUICK.scored:,}), with a CAS "
-        f"of {FULL.cas:,} in {FULL.cas_epochs} passes ({QUICK.cas:,} in {QUICK.cas_epochs}): some minutes",
-    )
+    full, quick = (f"{n.scored:,} images a class, CAS from {n.cas:,} in {n.cas_epochs} passes" for n in (FULL, QUICK))
+    add("--full", action="store_true", help=f"score {full} (default: {quick})")
     add("--json", action="store_true", help="print the scorecard as JSON (default: as a table)")
     add("--seed", type=SEED, default=0, metavar="N", help="seed of the images and of everything drawn for their scores")
     add_data_flags(parser)
