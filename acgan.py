@@ -173,8 +173,7 @@ def train(opt: argparse.Namespace, plan: Plan, ranks: Ranks, batches: Batches, s
 def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argparse.Namespace:
     """Read the command line; bad flags end the program with one line and exit status 2.
 
-    `saved`, the options of a checkpoint to resume, replace the defaults and pass the same checks as typed ones. Raises
-    BadInput for switches that contradict each other.
+    `saved`, the options of a checkpoint to resume, replace the defaults and pass the same checks as typed ones.
     """
     rate = number(float, "a number above 0, such as 0.0002", lambda value: value > 0)
     beta = number(float, "a number in [0, 1), such as 0.5", lambda value: 0 <= value < 1)
@@ -235,8 +234,6 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
     else:
         argv = with_saved_options(parser, argv, saved)
     opt = parser.parse_args(argv)
-    if saved is not None or opt.resume is None:  # else the checkpoint's options are still to come
-        departures.check(opt)
     if opt.init_from and not opt.init_from.exists():
         parser.error(f"argument --init_from: there is no {str(opt.init_from)!r}: name a run's folder or a weight file")
     if opt.resume and opt.out_dir not in (None, Path(opt.resume)):
@@ -252,6 +249,7 @@ def start(argv: list[str] | None) -> int:
     if opt.resume is not None or (was_restarted() and has_checkpoint(opt.out_dir)):
         checkpoint = read_to_resume(opt.out_dir)
         opt = parse_args(argv, checkpoint["options"] | checkpoint["plan"])
+    departures.check(opt)
     before = checkpoint["plan"] if checkpoint else None
     check_data_root(opt.dataset, opt.data_root, None if checkpoint else opt.out_dir)
     device, _ = choose_device(opt.device)

@@ -1,5 +1,6 @@
 """Checkpoints: all that a run needs to resume, on a CPU bit-exactly, written so that no fault loses it."""
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -166,11 +167,10 @@ def read_to_resume(folder: Path) -> dict:
 
 def describe_last(folder: Path, resumed: dict | None) -> str:
     """Return the place of the last good checkpoint of a run that may have `resumed` another, in words."""
-    try:
+    checkpoint = None
+    with contextlib.suppress(BadInput):
         checkpoint = read_checkpoint(folder, quiet=True)
-    except BadInput:
-        return "there is no checkpoint yet"
-    if checkpoint["finished"] and not resumed:  # of an earlier run
+    if checkpoint is None or (checkpoint["finished"] and not resumed):  # that one is an earlier run's
         return "there is no checkpoint yet"
     return f"the last good checkpoint is {checkpoint['file']}, after batch {checkpoint['step']}"
 
