@@ -272,7 +272,7 @@ def write_report(opt: argparse.Namespace) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--seeds", type=int, default=5, help="seeds of each variant (default: %(default)s)")
+    add("--seeds", type=int, default=FEW, help="seeds of each variant (default: %(default)s)")
     add("--jobs", type=int, default=1, help="cells at a time; more help on a GPU alone (default: %(default)s)")
     add("--only", action="append", choices=list(VARIANTS), help="only this variant; may be repeated (default: all)")
     add("--long", action="store_true", help="faithful and best, seed 0, for 25 epochs, scored every 5")
