@@ -128,7 +128,7 @@ def train(opt: argparse.Namespace, plan: Plan, ranks: Ranks, batches: Batches, s
     graph_inputs = draw_graph_inputs(plan.n_classes, opt.latent_dim, opt.img_size, plan.channels)
     generator.apply(weights_init_normal)
     discriminator.apply(weights_init_normal)
-    if opt.init_from:
+    if opt.init_from and not checkpoint:
         start_from(opt.init_from, generator, discriminator, plan.classes)
     as_printed = copy.deepcopy((generator, discriminator))  # for TensorBoard's graph
 
@@ -249,6 +249,7 @@ def start(argv: list[str] | None) -> int:
     if opt.resume is not None or (was_restarted() and has_checkpoint(opt.out_dir)):
         checkpoint = read_to_resume(opt.out_dir)
         opt = parse_args(argv, checkpoint["options"] | checkpoint["plan"])
+        opt.init_from = checkpoint["options"].get("init_from")  # for config.json
     departures.check(opt)
     before = checkpoint["plan"] if checkpoint else None
     check_data_root(opt.dataset, opt.data_root, None if checkpoint else opt.out_dir)

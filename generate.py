@@ -10,6 +10,7 @@ python generate.py 7 --weights RUN             # with the EMA of a run
 import argparse
 import re
 import sys
+import unicodedata
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -56,10 +57,15 @@ def interpolate(generator: Generator, z: torch.Tensor, start: int, end: int, ste
     return torch.cat([generator.decode(*pair).cpu() for pair in pairs])
 
 
+def composed(text: str) -> str:
+    """Return text whose accents are part of their letters, as they are typed: in folders of a Mac they may be apart."""
+    return unicodedata.normalize("NFC", text)
+
+
 def find_classes(words: list[str], flag: str, generator: Generator) -> list[int]:
     """Return class numbers for what was typed: the classes' names, or else their numbers. Raises BadInput."""
     classes = generator.classes
-    known = {name: number for number, name in enumerate(classes)}
+    known = {composed(name): number for number, name in enumerate(classes)}
     if not any(name.isdigit() for name in classes):
         known |= {str(number): number for number in range(len(classes))}
     words = words or [""]
@@ -74,10 +80,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; bad flags end the program with one line and exit status 2."""
     parser = OneLineParser("generate.py", __doc__, "[DIGITS] [--FLAG VALUE ...]")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("digits", nargs="?", help="the classes to draw, a character each, such as 2026; or one class, by "
-                      "its name (default: all)")  # fmt: skip
-    what.add_argument("--labels", metavar="A,B,...", help="the classes to draw, by name or number (default: all)")
-    what.add_argument("--interpolate", nargs=2, metavar=("A", "B"), help="go from class A to class B (default: off)")
+    what.add_argument("digits", nargs="?", type=composed, help="the classes to draw, a character each, such as 2026; "
+                      "or one class, by its name (default: all)")  # fmt: skip
+    what.add_argument("--labels", type=composed, metavar="A,B,...",
+                      help="the classes to draw, by name or number (default: all)")  # fmt: skip
+    what.add_argument("--interpolate", nargs=2, type=composed, metavar=("A", "B"),
+                      help="go from class A to class B (default: off)")  # fmt: skip
     add = parser.add_argument
     add("-n", type=COUNT, default=5, metavar="N", help="images of each class, that is, rows of the picture")
     add("--steps", type=COUNT, metavar="N", help="images a row of --interpolate, 2 or more (default: 10)")
@@ -110,14 +118,14 @@ def generate(opt: argparse.Namespace) -> None:
     generator = load_trained(opt.weights, "ema", device).eval()
     fast.use_fast_layers(generator)
     classes = generator.classes
-    labels = list(range(len(classes)))
+    names, labels = [composed(name) for name in classes], list(range(len(classes)))
     if opt.interpolate:
         labels = find_classes(opt.interpolate, "--interpolate", generator)
     elif opt.labels is not None:  # a class whose name has a comma can be drawn alone
-        words = [opt.labels] if opt.labels in classes else re.split(r"\s*[,，]\s*", opt.labels.strip())
+        words = [opt.labels] if opt.labels in names else re.split(r"\s*[,，]\s*", opt.labels.strip())
         labels = find_classes(words, "--labels", generator)
     elif opt.digits is not None:
-        words = [opt.digits] if opt.digits in classes else list(opt.digits)
+        words = [opt.digits] if opt.digits in names else list(opt.digits)
         labels = find_classes(words, "digits", generator)
 
     announce(f"Weights: {generator.origin}")
@@ -146,8 +154,8 @@ def generate(opt: argparse.Namespace) -> None:
         raise BadInput(f"argument --scale: {scale} makes more than {PIXEL_LIMIT:,} pixels: lower it, or -n")
     grid = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     atomic_write(opt.out, lambda file: save_image(grid, file, format="png"))
-    names = [classes[label] for label in labels]
-    shown = f"from {names[0]} to {names[1]}" if opt.interpolate else f"of {', '.join(names)}"
+    drawn = [classes[label] for label in labels]
+    shown = f"from {drawn[0]} to {drawn[1]}" if opt.interpolate else f"of {', '.join(drawn)}"
     print_line(f"{opt.out}: {counted(opt.n, 'row')} of {counted(columns, 'image')}, {shown}", must_succeed=True)
 
 

@@ -20,6 +20,7 @@ from utils import (
     COUNT,
     IMG_SIZE,
     SEED,
+    BadInput,
     OneLineParser,
     add_device_flag,
     announce,
@@ -53,6 +54,9 @@ def train_judge(opt: argparse.Namespace) -> None:
     check_output("--out", opt.out, ".pth")
     reading = Reading(channels=opt.channels, skip_bad=opt.bad_images == "skip")
     data, test = load_train_and_test(opt.dataset, opt.data_root, opt.test_root, opt.img_size, reading)
+    if opt.channels not in (None, data.images.shape[1]):
+        wrong = f"{opt.dataset} has {data.images.shape[1]}, not {opt.channels}"
+        raise BadInput(f"argument --channels: {wrong}: drop the flag")
     announce(why)
     judge = train_classifier(*data[:2], len(data.classes), opt.n_epochs, opt.seed, device, jitter=True)
     accuracy = (judge_images(judge, test.images)[1] == test.labels).double().mean()

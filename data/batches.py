@@ -40,22 +40,22 @@ class Batches:
         self.images, self.labels = data.images.to(store), data.labels.to(store)
         self.batch_size, self.ranks, self.by_class, self.shares = batch_size * shares, ranks, by_class, shares
         self.rank, self.world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
+        # of a batch: each of several ranks makes all its updates of D, or the others would wait for it
+        self.fewest = self.world_size * shares if self.world_size > 1 else 1
         self.sampler_seed = 0
         self.position = 0  # batches of the current epoch that were handed out; 0 between epochs
 
     def __len__(self) -> int:
         """Return the number of batches an epoch, the same for every rank."""
         whole, rest = divmod(len(self.labels), self.batch_size * self.world_size)
-        # fewer images than ranks make no batch of their own: they join the last one
-        return whole + (rest >= self.world_size) if whole else 1
+        return whole + (rest >= self.fewest) if whole else 1  # a rest that is too small joins the last one
 
     def check(self, img_size: int, d_norm: str) -> None:
         """Raise BadInput if the smallest batch of any rank, or a share of it, is too small to train on."""
         rest = len(self.labels) % (self.batch_size * self.world_size)
-        is_batch = rest >= self.world_size or len(self.labels) == rest
-        smallest = rest // self.world_size if is_batch else self.batch_size
-        if smallest == 0:
+        if len(self.labels) < self.fewest:
             raise BadInput(f"{len(self.labels)} images are too few for {self.world_size} ranks: add images")
+        smallest = rest // self.world_size if rest >= self.fewest else self.batch_size
         # D ends at a single pixel then, and its batch norm needs two values
         if smallest // self.shares <= 1 and img_size == 16 and d_norm == "batch":
             size = self.batch_size // self.shares

@@ -176,7 +176,7 @@ def table(card: dict) -> str:
         lines.append(f"{name[:12]:<12}" + "".join(f"{f'{ours} ({theirs})':>13}" for ours, theirs in pairs))
     lines += ["", "In brackets: real images. Agreement in %. CAS: trained on these, tested on real."]
     if card["real_scores"] == COMMITTED.name:
-        lines.append("The real digits' figures are weights/scorecard.json's, of another machine.")
+        lines.append("The real digits' figures are read from weights/scorecard.json.")
     lines += [f"Warning: {warning}." for warning in card["warnings"]]
     return "\n".join(lines)
 

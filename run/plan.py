@@ -59,8 +59,10 @@ def make_plan(opt: argparse.Namespace, data: LabelledImages, batches: Batches, r
     if before and any(before[name] != value for name, value in found.items()):
         then, now = (f"{n:,} of {k} classes" for n, k in ((before["n_images"], len(before["classes"])),
                                                          (len(data.labels), len(data.classes))))  # fmt: skip
-        raise BadInput(f"argument --resume: the checkpoint is from other images ({then}, here {now}): name its own "
-                       "--data_root, put the images back, or start a new run with --init_from")  # fmt: skip
+        only = sorted({*before["classes"]} ^ {*data.classes})
+        hint = f"; {only[0]!r} is in one of them only" if only else "; with other labels" if then == now else ""
+        raise BadInput(f"argument --resume: the checkpoint is from other images ({then}, here {now}{hint}): name its "
+                       "own --data_root, put the images back, or start a new run with --init_from")  # fmt: skip
     images_crc32 = 0
     for chunk in data.images.split(1000):
         images_crc32 = zlib.crc32(chunk.contiguous().numpy(), images_crc32)
@@ -78,16 +80,21 @@ def make_plan(opt: argparse.Namespace, data: LabelledImages, batches: Batches, r
     total_steps = min(opt.max_steps or math.inf, opt.n_epochs * len(batches))
     schedule_steps = before["schedule_steps"] if before else total_steps
     falls = opt.lr_schedule == "linear"
-    if falls and not opt.max_steps:
-        total_steps = min(total_steps, schedule_steps)  # a resumed run ends where its rate is 0
+    longer = "max_steps" if total_steps > schedule_steps else ""
+    if falls and not opt.max_steps:  # a resumed run ends where its rate is 0, unless more was typed
+        longer = "n_epochs" if longer and opt.n_epochs > checkpoint["options"]["n_epochs"] else ""
+        total_steps = min(total_steps, schedule_steps)
     if checkpoint and falls and checkpoint["step"] >= schedule_steps:
         raise BadInput(f"argument --resume: this run's rate fell to 0 by its end, batch {schedule_steps:,}: start a "
                        "longer one in another folder, from the beginning or with --init_from")  # fmt: skip
     if checkpoint and checkpoint["step"] >= total_steps:
         raise BadInput(f"argument --resume: {checkpoint['step']:,} batches are done: raise --n_epochs or --max_steps")
-    if falls and total_steps > schedule_steps:
-        raise BadInput(f"argument --max_steps: this run's rate falls to 0 by batch {schedule_steps:,}: drop the flag, "
+    if falls and longer:
+        raise BadInput(f"argument --{longer}: this run's rate falls to 0 by batch {schedule_steps:,}: drop the flag, "
                        "or start a longer one with --init_from")  # fmt: skip
+    if opt.eval_interval and opt.eval_interval * len(batches) > total_steps:
+        due = f"--eval_interval {opt.eval_interval} is {opt.eval_interval * len(batches):,} batches"
+        announce(f"No scores: {due}, and the run ends after {total_steps:,}.")
     has_full_batch = len(data.labels) >= batches.batch_size
     compile = choose_compile(opt, ranks.device, ranks.world_size, total_steps, has_full_batch)
     # the range that NumPy accepts

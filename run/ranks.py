@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import os
+import warnings
 
 import numpy as np
 import torch
@@ -71,6 +72,8 @@ class Ranks:
             return networks
         if self.device.type == "cuda":
             networks = [torch.nn.SyncBatchNorm.convert_sync_batchnorm(network) for network in networks]
+        # of one channel's weights both strides mean the same order
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         # each rank keeps its own running statistics, or SyncBatchNorm keeps them equal: no buffers are sent
         names = inspect.signature(DistributedDataParallel).parameters
         keep = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"  # its older name

@@ -56,9 +56,8 @@ def reading(path, networks: dict):
     try:
         yield
     except OSError as error:
-        raise BadInput(
-            f"cannot read {str(path)!r} ({error.strerror or error}): name a weight file or a run's folder"
-        ) from error
+        what = "a judge, of train_judge.py" if "Judge" in networks else "a weight file or a run's folder"
+        raise BadInput(f"cannot read {str(path)!r} ({error.strerror or error}): name {what}") from error
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
         if name := pickled_object(path):
             raise BadInput(f"{str(path)!r} holds whole pickled objects ({name!r}), and to load such can run code: "

@@ -324,6 +324,8 @@ def test_rate_falls_to_0_over_the_last_part_also_when_resumed(part, train, tmp_p
     assert "argument --resume: 6 batches are done: raise --n_epochs or --max_steps" in line
     line = errors(train("--resume", tmp_path / "run", "--max_steps", 12))
     assert "argument --max_steps: this run's rate falls to 0 by batch 9: drop the flag, or" in line
+    line = errors(train("--resume", tmp_path / "run", "--n_epochs", 400))
+    assert "argument --n_epochs: this run's rate falls to 0 by batch 9: drop the flag, or" in line
     assert len(rates) == 6 and train("--resume", tmp_path / "run").status == 0
     assert [rate for rate, _ in rates] == [rate for _, rate in rates] == pytest.approx(wanted)
     line = errors(train("--resume", tmp_path / "run", "--n_epochs", 4))
@@ -408,6 +410,10 @@ def test_run_can_start_from_one_file_with_layers_of_other_sizes_and_not_from_ano
     result = train(*flags, "--out_dir", tmp_path / "resized")
     assert "acgan_gen.pth, after batch 4; new, as their sizes differ: label_emb.weight, l1.0.weight.\n" in result.err
     assert "Discriminator" not in result.err
+    result = train("--resume", tmp_path / "resized", "--max_steps", 2)
+    assert "starts from" not in result.err
+    config = json.loads((tmp_path / "resized" / "config.json").read_text())
+    assert config["options"]["init_from"] == str(plain / "acgan_gen.pth") and len(read_rows(tmp_path / "resized")) == 2
     flags = [*SMALL, "--max_steps", 1, "--init_from", plain]
     line = errors(train(*flags, "--bn_eps", 1e-5, "--out_dir", tmp_path / "other"))
     assert "--init_from: the weights of" in line and "are for bn_eps 0.8, not 1e-05: give this run" in line

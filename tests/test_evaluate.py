@@ -236,7 +236,9 @@ def test_scores_during_training_change_nothing_in_it_and_keep_the_best(train, tm
     assert train(*flags, "--out_dir", plain, digits=80).status == 0
     # a run that ends at an epoch's end, and is extended: its scores are part of its last checkpoint
     flags += ["--eval_interval", 2, "--judge", judges["judge.pth"], "--out_dir", scored]
-    result = train(*flags, "--max_steps", 10, digits=80)
+    result = train(*flags, "--max_steps", 9, digits=80)
+    assert "No scores: --eval_interval 2 is 10 batches, and the run ends after 9.\n" in result.err
+    result = train("--resume", scored, "--max_steps", 10, digits=80)
     assert result.err.count(": agreement") == 1 and "Warning: the judge recognises only" in result.err
     result = train("--resume", scored, digits=80)
     assert result.status == 0 and result.err.count(": agreement") == 1, result.err

@@ -56,9 +56,13 @@ def test_folder_trains_and_resumes_bit_exactly_on_the_same_images_only(shapes, s
     assert_same_run(resumed, straight)
     moved = shutil.copytree(shapes, tmp_path / "moved")
     (moved / "red disc" / "1.png").rename(moved / "green box" / "red.png")
-    for other in (make_folder(tmp_path / "other", 5), moved):
+    renamed = shutil.copytree(shapes, tmp_path / "renamed")
+    (renamed / "red disc").rename(renamed / "pink disc")
+    others = {moved: "210 of 3 classes; with other labels", make_folder(tmp_path / "other", 5): "15 of 3 classes",
+              renamed: "210 of 3 classes; 'pink disc' is in one of them only"}  # fmt: skip
+    for other, here in others.items():
         line = errors(train("--resume", resumed, "--data_root", other, "--max_steps", 30))
-        assert "argument --resume: the checkpoint is from other images (210 of 3 classes, here " in line
+        assert f"argument --resume: the checkpoint is from other images (210 of 3 classes, here {here}): name" in line
     assert "--data_root: --dataset folder needs it" in errors(train("--resume", resumed, "--max_steps", 30))
     assert_same_run(resumed, straight)
     again = shutil.copytree(shapes, tmp_path / "again")

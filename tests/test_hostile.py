@@ -108,6 +108,7 @@ HOSTILE = [  # the command line, and a part of the line that it must print
     ("evaluate --test_root .", "--test_root: mnist has its own test images"),
     ("train_judge --out a.pth --test_root .", "--test_root: mnist has its own test images"),
     ("train_judge --dataset folder --data_root good --out a.pth", "--test_root: --dataset folder needs it"),
+    ("train_judge --channels 3 --out a.pth", "--channels: mnist has 1, not 3: drop the flag"),
     ("acgan --dataset folder", "--data_root: --dataset folder needs it: name the folder of your classes' folders"),
     ("acgan --dataset folder --data_root none", "'none' is missing: name a folder that holds a folder for each class"),
     (f"acgan --dataset folder --data_root {'a' * 300}", "aaa' (File name too long): allow reading it"),
@@ -181,7 +182,7 @@ HOSTILE = [  # the command line, and a part of the line that it must print
     ),
     ("evaluate --judge dist.pth", "'dist.pth' is corrupt, or is not a Judge"),
     ("acgan --init_from text.pth", "'text.pth' is corrupt, or is not a Generator or Discriminator of this project"),
-    ("acgan --eval_interval 1 --judge none.pth", "none.pth' (No such file or directory): name a weight file"),
+    ("acgan --eval_interval 1 --judge none.pth", "none.pth' (No such file or directory): name a judge, of"),
     (
         "acgan --eval_interval 1 --img_size 28",
         "--judge: it knows 10 classes (0, 1, 2, ...) in grey, 32 pixels, but the",
