@@ -1,35 +1,42 @@
 """What the headline run's stretches and grids are worth: scores of benchmarks/headline.py's RUN, and their page.
 
     python -m benchmarks.headline_scores RUN        # scores what headline.jsonl lacks; a stretch takes a minute
-    python -m benchmarks.headline_scores --report   # only prints the tables and draws the picture
+    python -m benchmarks.headline_scores --report   # only prints the tables and draws the curves
 
 G and its EMA are scored after each stretch on 10,000 test digits, as evaluate.py does; the EMA also on training digits,
 by which alone weights are chosen. The run's own grids, images/N.png, are cut into digits, and the judge reads these.
 """
 
 import argparse
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import fast
 from benchmarks.cells import ROOT, append_rows, machine, read_rows
-from benchmarks.quirks import score
+from benchmarks.quirks import SHOWN, score
 from data import load_train_and_test
 from evaluation.during_training import EpochScorer
 from evaluation.judge import judge_images, load_judge
 from evaluation.metrics import show_to
 from evaluation.scorecard import QUICK
 from fast.process import keep_memory, tune_process
+from run.film import CAPTION, write_film
 from run.weights import load_network
 from utils import atomic_write
 
 ROWS = ROOT / "benchmarks" / "headline.jsonl"
-PICTURE = ROOT / "docs" / "images" / "headline.png"
+PICTURE, GRIDS, FILM = (ROOT / "docs" / "images" / name for name in
+                        ("headline.png", "headline_grids.png", "headline.gif"))  # fmt: skip
+SHOWN_GRIDS = (0, 400, 4000, 40_000)  # batches, and the last
+FILM_STEP = 1.13  # from each frame's batch to the next one's
 EPOCH = 938  # batches
 CAS_EPOCHS = (5, 10, 25, 50, 100, 150, 200)
+SHARES = ("agreement", "cas")
 FILES = {"ema": "acgan_gen_ema.pth", "raw": "acgan_gen.pth"}
 # batches, and the agreement of the tutorial's published grids there, by another classifier
 PUBLISHED = {(400, 2000): 0.480, (2000, 4000): 0.822, (4000, 8000): 0.921, (8000, 16_000): 0.980,
@@ -73,13 +80,21 @@ def score_stretches(run: Path, judge, known: set[tuple[int, str]]) -> None:
             append_rows(ROWS, [row | dict(machine=machine())])
 
 
+def percent(share: float) -> str:
+    """Return a share as the pages write it."""
+    return f"{100 * share:.2f} %"
+
+
 def curves(rows: list[dict]) -> list[str]:
-    """Return the scores by epoch as Markdown."""
+    """Return the scores by epoch as Markdown: in each cell that of the EMA, then that of G."""
     shown = ("agreement", "fid", "intra_fid", "density", "coverage", "cas")
-    lines = [f"| epoch | | {' | '.join(shown)} |", "| --- " * (len(shown) + 2) + "|"]
-    for row in sorted((row for row in rows if "which" in row), key=lambda row: (row["epoch"], row["which"])):
-        cells = [f"{row[key]:.4f}" if key in row else "" for key in shown]
-        lines.append(f"| {row['epoch']} | {'EMA' if row['which'] == 'ema' else 'G'} | {' | '.join(cells)} |")
+    lines = [f"| epoch | {' | '.join(SHOWN[key] for key in shown)} |", "| --- " * (len(shown) + 1) + "|"]
+    scored = {(row["epoch"], row["which"]): row for row in rows if "which" in row}
+    for epoch in sorted({epoch for epoch, _ in scored}):
+        both = [scored[epoch, which] for which in ("ema", "raw")]
+        cells = [", ".join(percent(row[key]) if key in SHARES else f"{row[key]:.3f}" for row in both if key in row)
+                 for key in shown]  # fmt: skip
+        lines.append(f"| {epoch} | {' | '.join(cells)} |")
     return lines
 
 
@@ -116,10 +131,36 @@ def draw(rows: list[dict]) -> None:
     plt.close(figure)
 
 
+def draw_grids(run: Path) -> None:
+    """Draw the run's own grids of SHOWN_GRIDS and the last one side by side, each below its batch."""
+    last = max(int(path.stem) for path in (run / "images").glob("*.png"))
+    grids = {step: Image.open(run / "images" / f"{step}.png").convert("L") for step in (*SHOWN_GRIDS, last)}
+    side = grids[last].width
+    picture = Image.new("L", ((side + CAPTION) * len(grids) - CAPTION, side + CAPTION), "white")
+    for column, (step, grid) in enumerate(grids.items()):
+        picture.paste(grid, ((side + CAPTION) * column, CAPTION))
+        ImageDraw.Draw(picture).text(((side + CAPTION) * column + 3, 1), f"batch {step:,}", fill="black")
+    atomic_write(GRIDS, lambda file: picture.save(file, format="PNG", optimize=True))
+
+
+def make_film(run: Path) -> None:
+    """Make a film of the whole run, from its grids of the same noise: dense where digits form, then ever sparser."""
+    steps, shown = sorted(int(path.stem) for path in (run / "images" / "fixed_z").glob("*.png")), []
+    for step in steps:
+        if len(shown) < 2 or step >= FILM_STEP * shown[-1] or step == steps[-1]:
+            shown.append(step)
+    with tempfile.TemporaryDirectory() as folder:
+        (images := Path(folder) / "fixed_z").mkdir()
+        for step in shown:
+            shutil.copy(run / "images" / "fixed_z" / f"{step}.png", images)
+        write_film(Path(folder), steps[-1])
+        shutil.copy(Path(folder) / "film.gif", FILM)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, nargs="?", help="the run's folder")
-    parser.add_argument("--report", action="store_true", help="score nothing, only print the tables and draw")
+    parser.add_argument("--report", action="store_true", help="score nothing, print the tables and draw the curves")
     opt = parser.parse_args()
     if not opt.report:
         tune_process(torch.device("cpu"))
@@ -127,6 +168,8 @@ def main() -> None:
         judge, rows = load_judge(None), read_rows(ROWS)
         append_rows(ROWS, score_grids(opt.run, judge, {row["grid"] for row in rows if "grid" in row}))
         score_stretches(opt.run, judge, {(row["step"], row["which"]) for row in rows if "which" in row})
+        draw_grids(opt.run)
+        make_film(opt.run)
     rows = read_rows(ROWS)
     print("\n".join([*curves(rows), "", *grids_by_range(rows)]))
     draw(rows)
