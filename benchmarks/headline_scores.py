@@ -4,7 +4,8 @@
     python -m benchmarks.headline_scores --report   # only prints the tables and draws the curves
 
 G and its EMA are scored after each stretch on 10,000 test digits, as evaluate.py does; the EMA also on training digits,
-by which alone weights are chosen. The run's own grids, images/N.png, are cut into digits, and the judge reads these.
+by which alone weights are chosen. Losses are means over a stretch. The run's own grids, images/N.png, are cut into
+digits, and the judge reads these.
 """
 
 import argparse
@@ -36,6 +37,8 @@ SHOWN_GRIDS = (0, 400, 4000, 40_000)  # batches, and the last
 FILM_STEP = 1.13  # from each frame's batch to the next one's
 EPOCH = 938  # batches
 CAS_EPOCHS = (5, 10, 25, 50, 100, 150, 200)
+STRETCH = 5  # epochs
+LOSSES = ("g_adv", "d_real_adv", "d_fake_adv", "d_acc_real", "d_acc_fake")
 SHARES = ("agreement", "cas")
 FILES = {"ema": "acgan_gen_ema.pth", "raw": "acgan_gen.pth"}
 # batches, and the agreement of the tutorial's published grids there, by another classifier
@@ -57,6 +60,16 @@ def score_grids(run: Path, judge, known: set[int]) -> list[dict]:
     for step in [step for step in steps if step not in known]:
         seen = judge_images(judge, read_grid(run / "images" / f"{step}.png"))[1]
         rows.append(dict(grid=step, agreement=round((seen == columns).double().mean().item(), 4)))
+    return rows
+
+
+def mean_losses(run: Path, known: set[int]) -> list[dict]:
+    """Return a row for each stretch that has none: what G and D said on average in its rows of metrics.jsonl."""
+    ends = [int(folder.name) for folder in (run / "stretches").iterdir() if folder.name.isdigit()]
+    rows, of_run = [], [row for row in read_rows(run / "metrics.jsonl") if "g_adv" in row]
+    for end in sorted({end // EPOCH for end in ends} - known):
+        own = [row for row in of_run if end - STRETCH <= row["epoch"] < end]
+        rows.append(dict(losses=end) | {key: round(sum(row[key] for row in own) / len(own), 4) for key in LOSSES})
     return rows
 
 
@@ -86,15 +99,16 @@ def percent(share: float) -> str:
 
 
 def curves(rows: list[dict]) -> list[str]:
-    """Return the scores by epoch as Markdown: in each cell that of the EMA, then that of G."""
+    """Return the scores by epoch as Markdown, in each cell that of the EMA, then that of G; and G's loss before."""
     shown = ("agreement", "fid", "intra_fid", "density", "coverage", "cas")
-    lines = [f"| epoch | {' | '.join(SHOWN[key] for key in shown)} |", "| --- " * (len(shown) + 1) + "|"]
+    lines = [f"| epoch | {' | '.join(SHOWN[key] for key in shown)} | g_adv |", "| --- " * (len(shown) + 2) + "|"]
+    losses = {row["losses"]: row for row in rows if "losses" in row}
     scored = {(row["epoch"], row["which"]): row for row in rows if "which" in row}
     for epoch in sorted({epoch for epoch, _ in scored}):
         both = [scored[epoch, which] for which in ("ema", "raw")]
         cells = [", ".join(percent(row[key]) if key in SHARES else f"{row[key]:.3f}" for row in both if key in row)
                  for key in shown]  # fmt: skip
-        lines.append(f"| {epoch} | {' | '.join(cells)} |")
+        lines.append(f"| {epoch} | {' | '.join(cells)} | {losses[epoch]['g_adv']:.2f} |")
     return lines
 
 
@@ -110,14 +124,14 @@ def grids_by_range(rows: list[dict]) -> list[str]:
 
 
 def draw(rows: list[dict]) -> None:
-    """Draw agreement, coverage and FID of G and of the EMA over the epochs."""
+    """Draw agreement, coverage and FID of G and of the EMA over the epochs, and what D says of real and of drawn."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(3, 1, figsize=(7, 9), sharex=True)
-    for axis, key in zip(axes, ("agreement", "coverage", "fid"), strict=True):
+    figure, axes = plt.subplots(4, 1, figsize=(7, 11), sharex=True)
+    for axis, key in zip(axes[:3], ("agreement", "coverage", "fid"), strict=True):
         for which, label, colour in (("ema", "EMA", "#0072B2"), ("raw", "G", "#E69F00")):
             own = sorted((row["epoch"], row[key]) for row in rows if row.get("which") == which)
             axis.plot(*zip(*own, strict=True), label=label, color=colour, marker="o", markersize=3)
@@ -125,7 +139,14 @@ def draw(rows: list[dict]) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)
     axes[2].set_yscale("log")
-    axes[2].set_xlabel("epochs of 938 batches", fontsize=13)
+    losses = sorted((row["losses"], row["g_adv"], row["d_real_adv"]) for row in rows if "losses" in row)
+    for column, label, colour in ((1, "g_adv", "#009E73"), (2, "d_real_adv", "#CC79A7")):
+        axes[3].plot([row[0] for row in losses], [row[column] for row in losses], label=label, color=colour, marker="o",
+                     markersize=3)  # fmt: skip
+    axes[3].set_ylabel("loss", fontsize=13)
+    axes[3].legend(frameon=False)
+    axes[3].grid(alpha=0.3)
+    axes[3].set_xlabel("epochs of 938 batches", fontsize=13)
     figure.tight_layout()
     atomic_write(PICTURE, lambda file: figure.savefig(file, format="png", dpi=110))
     plt.close(figure)
@@ -167,6 +188,7 @@ def main() -> None:
         keep_memory(torch.device("cpu"))
         judge, rows = load_judge(None), read_rows(ROWS)
         append_rows(ROWS, score_grids(opt.run, judge, {row["grid"] for row in rows if "grid" in row}))
+        append_rows(ROWS, mean_losses(opt.run, {row["losses"] for row in rows if "losses" in row}))
         score_stretches(opt.run, judge, {(row["step"], row["which"]) for row in rows if "which" in row})
         draw_grids(opt.run)
         make_film(opt.run)
