@@ -138,6 +138,8 @@ def read_checkpoint(folder: Path, quiet: bool = False) -> dict:
 
 def checked(packed: dict, path: Path) -> dict:
     """Return what read_checkpoint returns of what the file `path` holds. What is no checkpoint raises many errors."""
+    if not isinstance(packed, dict):  # a tensor, say, which would warn
+        raise TypeError("no checkpoint")
     if packed["format"] in OLD_FORMATS:
         step = packed.get("step", packed.get("steps"))  # the oldest say steps
         return dict(format=packed["format"], step=step, finished=packed["finished"], file=path)
