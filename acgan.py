@@ -234,7 +234,7 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
     else:
         argv = with_saved_options(parser, argv, saved)
     opt = parser.parse_args(argv)
-    if opt.init_from and not opt.init_from.exists():
+    if opt.init_from and not saved and not opt.init_from.exists():
         parser.error(f"argument --init_from: there is no {str(opt.init_from)!r}: name a run's folder or a weight file")
     if opt.resume and opt.out_dir not in (None, Path(opt.resume)):
         parser.error(f"argument --resume: a run continues in its own folder, {opt.resume!r}: drop --out_dir")
@@ -249,7 +249,6 @@ def start(argv: list[str] | None) -> int:
     if opt.resume is not None or (was_restarted() and has_checkpoint(opt.out_dir)):
         checkpoint = read_to_resume(opt.out_dir)
         opt = parse_args(argv, checkpoint["options"] | checkpoint["plan"])
-        opt.init_from = checkpoint["options"].get("init_from")  # for config.json
     departures.check(opt)
     before = checkpoint["plan"] if checkpoint else None
     check_data_root(opt.dataset, opt.data_root, None if checkpoint else opt.out_dir)

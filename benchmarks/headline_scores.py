@@ -93,9 +93,9 @@ def score_stretches(run: Path, judge, known: set[tuple[int, str]]) -> None:
             append_rows(ROWS, [row | dict(machine=machine())])
 
 
-def percent(share: float) -> str:
+def percent(share: float, decimals: int = 2) -> str:
     """Return a share as the pages write it."""
-    return f"{100 * share:.2f} %"
+    return f"{100 * share:.{decimals}f} %"
 
 
 def curves(rows: list[dict]) -> list[str]:
@@ -116,10 +116,10 @@ def grids_by_range(rows: list[dict]) -> list[str]:
     """Return the agreement of the grids over the ranges of batches, beside the published ones, as Markdown."""
     lines = ["| batches | grids | agreement | the tutorial's published grids |", "| --- | --- | --- | --- |"]
     for (first, end), published in PUBLISHED.items():
-        own = [row["agreement"] for row in rows if "grid" in row and first <= row["grid"] < end]
+        own = {row["grid"]: row["agreement"] for row in rows if "grid" in row and first <= row["grid"] < end}
         if own:
-            theirs = f"{published:.1%}" if published else ""
-            lines.append(f"| {first:,} to {end:,} | {len(own)} | {sum(own) / len(own):.1%} | {theirs} |")
+            mean, theirs = percent(sum(own.values()) / len(own), 1), percent(published, 1) if published else ""
+            lines.append(f"| {min(own):,} to {max(own):,} | {len(own)} | {mean} | {theirs} |")
     return lines
 
 

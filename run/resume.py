@@ -27,6 +27,7 @@ def with_saved_options(parser: argparse.ArgumentParser, argv: list[str], saved: 
     wrong = [f"--{name} {saved.get(name)}, not {new}" for name, new in typed.items() if new != saved.get(name)]
     if wrong:
         parser.error(f"argument --resume: the checkpoint has {'; '.join(wrong)}: drop these flags to continue")
+    parser.set_defaults(init_from=saved.get("init_from"))  # for the record
     kept = {name: saved.get(name) for name in MATHEMATICS + CONTINUED}
     if None in [kept[name] for name in MATHEMATICS]:
         parser.error("argument --resume: the checkpoint is corrupt, as it lacks options: name another run")
